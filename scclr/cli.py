@@ -1,0 +1,244 @@
+"""The ``scclr`` command: subcommands, help, exit codes, and one line for whatever the user can mend.
+
+Exit codes: 0 done, 1 an error, 2 an unknown command, 130 interrupted. Nothing is imported before it is needed, so
+``scclr --help`` and ``--version`` answer at once.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import NoReturn
+
+from scclr import __version__
+
+Command = Callable[[list[str]], None]
+TAKES_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
+SHOWS_ONLY = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
+
+EXAMPLES = """\
+examples
+  scclr train loss=balanced alpha=0.5
+  scclr train -m alpha=0.3,0.5,0.7 seed=0,1,2
+  scclr train stages=[probe] init_from=runs/default/<run> dataset=fashion_mnist"""
+
+
+def main() -> NoReturn:
+    """Run ``sys.argv`` and exit."""
+    sys.exit(dispatch(sys.argv[1:]))
+
+
+def dispatch(argv: list[str]) -> int:
+    """Run one command line; returns the exit code."""
+    if argv and argv[0] in ("-sc", "--shell-completion"):  # the shell's completion knows no subcommands
+        os.environ["COMP_LINE"] = re.sub(r"^(\S+) +train\b", r"\1", os.environ.get("COMP_LINE", ""))
+        argv = ["train", *argv]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"scclr {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        from scclr.config import did_you_mean
+
+        hint = did_you_mean(argv[0], COMMANDS) or "; `scclr --help` lists the commands"
+        print(f"scclr: error: no such command: {argv[0]}{hint}", file=sys.stderr)
+        return 2
+    return guarded(argv[0], argv[1:])
+
+
+def overview() -> str:
+    """``scclr --help``."""
+    commands = "\n".join(f"  {name:<8} {help}" for name, (_, help) in COMMANDS.items())
+    return (
+        "scclr: self-supervised contrastive learning with a balance between attraction and repulsion\n\n"
+        f"usage: scclr <command> ...\n\ncommands\n{commands}\n\n`scclr <command> --help` says more.\n\n{EXAMPLES}"
+    )
+
+
+def guarded(name: str, argv: list[str]) -> int:
+    """Run a command; an error of the user's is one line on standard error, any other a traceback."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from scclr.config import UserError, one_line
+
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print tracebacks of its own: let exceptions come here
+    try:
+        COMMANDS[name][0](argv)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if full:
+            raise
+        print(f"scclr {name}: error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nscclr {name}: interrupted; type the same command to go on from the last checkpoint", file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    finally:
+        if not full:
+            del os.environ["HYDRA_FULL_ERROR"]
+    return 0
+
+
+def train(argv: list[str]) -> None:
+    """``scclr train``: check every point of the command line, then hand it to Hydra."""
+    if "-h" in argv or "--help" in argv:
+        print(train_help())
+        return
+    flags, overrides = split(argv)
+    overrides = name_experiment(overrides)
+    check_choices(overrides)
+    if not any(flag in SHOWS_ONLY for flag in flags):
+        check_points(overrides, sweep="-m" in flags or "--multirun" in flags)
+
+    from scclr.train import main as job
+
+    sys.argv = ["scclr train", *flags, *overrides]
+    job()
+
+
+def split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(flags with their values, overrides): Hydra wants flags first and overrides last."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for i, word in enumerate(argv):
+        value_of_flag = i > 0 and argv[i - 1] in (*TAKES_VALUE, "-sc", "--shell-completion", "--info", "-i")
+        (flags if word.startswith("-") or (value_of_flag and not _is_override(word)) else overrides).append(word)
+        if value_of_flag and _is_override(word) and argv[i - 1] in ("-sc", "--shell-completion"):
+            flags.append(overrides.pop())
+    return flags, overrides
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word or word.startswith("~")
+
+
+def groups() -> dict[str, list[str]]:
+    """The choices of every configuration group."""
+    from scclr.config import conf_dir
+
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in sorted(conf_dir().iterdir())
+        if folder.is_dir()
+    }
+
+
+def train_help() -> str:
+    """``scclr train --help``."""
+    from scclr.config import TrainConfig
+
+    values = "\n".join(
+        f"  {f.name:<12} {f.metadata['help']}" for f in fields(TrainConfig) if "help" in f.metadata
+    )
+    choices = "\n".join(f"  {name:<12} {', '.join(stems)}" for name, stems in groups().items() if stems)
+    return (
+        "usage: scclr train [-m] [group=choice ...] [key=value ...]\n\n"
+        "Pretrain an encoder, then evaluate it frozen; with -m, once for every combination of comma-separated values.\n\n"
+        f"root values (key=value)\n{values}\n\n"
+        f"groups (group=choice; group.key=value sets a value inside; experiment is +experiment=NAME)\n{choices}\n\n"
+        f"{EXAMPLES}\n\n"
+        "`scclr train --cfg job` prints the composed configuration; `scclr train --hydra-help` lists Hydra's own flags."
+    )
+
+
+def name_experiment(overrides: list[str]) -> list[str]:
+    """Make ``experiment=NAME`` name the folder of runs.
+
+    Hydra takes it for a choice of the group of presets, which shares the word; an option of another, in-memory group sets
+    the value instead.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    from scclr.config import UserError
+
+    renamed = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key != "experiment":
+            renamed.append(override)
+            continue
+        for name in value.split(","):
+            if name in groups()["experiment"]:
+                raise UserError(f"experiment={name}: to load this preset type +experiment={name}")
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise UserError(f"experiment={name}: give a plain folder name")
+            ConfigStore.instance().store(
+                group="experiment_name", name=name, node={"experiment": name}, package="_global_"
+            )
+        renamed.append(f"+experiment_name={value}")
+    return renamed
+
+
+def check_choices(overrides: list[str]) -> None:
+    """Refuse a group's choice that does not exist, with the ones that do."""
+    from scclr.config import did_you_mean, require
+
+    choices = groups()
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key in choices and re.fullmatch(r"[\w.,-]+", value):
+            for name in value.split(","):
+                hint = did_you_mean(name, choices[key])
+                listed = ", ".join(choices[key])
+                require(name in choices[key], f"{key}={name}: no such {key}{hint} (choices: {listed})")
+
+
+def check_points(overrides: list[str], *, sweep: bool) -> None:
+    """Compose and check every point of the sweep before the first one runs."""
+    import hydra
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from scclr.config import UserError, conf_dir, refuse_ignored, resolve
+    from scclr.train import check
+
+    points = [overrides]
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            if sweep:
+                parsed = OverridesParser.create().parse_overrides(overrides)
+                points = [list(point) for point in BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]]
+            for point in points:
+                config = resolve(hydra.compose("train", overrides=point))
+                refuse_ignored(config, point)
+                check(config)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(explain(error)) from error
+
+
+def explain(error: Exception) -> str:
+    """One line for a command line that does not compose."""
+    import hydra
+    from omegaconf import DictConfig
+
+    from scclr.config import did_you_mean
+
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if unknown := re.match(r"Could not override '([^']*)'", lines[0]):
+        key = unknown[1]
+        known: list[str] = []
+
+        def collect(node: DictConfig, prefix: str) -> None:
+            for name in node:
+                known.append(f"{prefix}{name}")
+                if not node._is_missing(name) and isinstance(child := node._get_node(name), DictConfig):
+                    collect(child, f"{prefix}{name}.")
+
+        collect(hydra.compose("train"), "")
+        return f"{key}: no such key{did_you_mean(key, known) or '; `scclr train --help` lists the keys'}"
+    if lines[0].startswith("Error merging override") and (cause := error.__cause__) is not None:
+        return f"{lines[0].removeprefix('Error merging override ')}: {str(cause).strip().splitlines()[0]}"
+    return lines[0]
+
+
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "train": (train, "pretrain an encoder and evaluate it frozen"),
+}

@@ -1,0 +1,327 @@
+"""Configuration: what every key means, what it may be, and how a component is built from its node.
+
+A run is its configuration. The composed YAML is resolved once, here, into ``TrainConfig``; nothing below ``train.py``
+sees a ``DictConfig`` and nothing changes a value afterwards. A component node is ``_target_`` plus keyword arguments:
+the constructor's signature is its schema. This module does not import torch.
+"""
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+STAGES = ("pretrain", "probe")
+COMPONENTS = ("dataset", "augment", "encoder", "loss", "optimizer")
+# What a run with stages=[probe] takes from the checkpoint that it evaluates.
+ADOPTED = ("alpha", "seed", "augment", "encoder", "projector", "loss", "optimizer", "pretrain")
+# What may differ between two invocations of the same experiment: where files lie, on what it runs, who watches.
+VOLATILE = ("device", "runs", "experiment", "overwrite", "tracking")
+
+
+class UserError(Exception):
+    """Something the user typed or pointed at is wrong. The message is one line: what, and what to type instead."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """``"; did you mean X?"`` when a choice is close to ``word``, else an empty string."""
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``UserError(message)`` unless ``condition``."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass
+class ProjectorConfig:
+    """MLP from ``h`` [B, D] to the embedding before normalisation [B, out_dim] (SimCLR, sec. 4.2)."""
+
+    depth: int = MISSING  # linear layers; 0 is the identity
+    hidden_dim: int = MISSING
+    out_dim: int = MISSING
+    batch_norm: bool = MISSING  # after every hidden layer
+
+    def __post_init__(self) -> None:
+        require(self.depth >= 0, f"projector.depth={self.depth}: give 0 (no projector) or more layers")
+        require(min(self.hidden_dim, self.out_dim) >= 1, "projector.hidden_dim and projector.out_dim must be at least 1")
+
+
+@dataclass
+class PretrainConfig:
+    """The pretraining loop's numbers."""
+
+    epochs: int = MISSING
+    batch_size: int = MISSING  # images in a step; each gives two views
+    warmup_epochs: float = MISSING
+    precision: str = MISSING  # auto | fp32 | bf16 | fp16; the loss is always computed in float32
+    channels_last: bool = MISSING
+    compile: bool = MISSING  # torch.compile of encoder and projector
+    log_every: int = MISSING  # steps between two rows of metrics.jsonl
+    knn_every: int = MISSING  # epochs between two kNN evaluations on the validation split; 0 = never
+    knn_images: int = MISSING  # at most this many training images serve as neighbours
+    checkpoint_seconds: float = MISSING  # least time between two checkpoints, which are written on logged steps
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, f"pretrain.epochs={self.epochs}: give at least 1, or stages=[probe] to skip pretraining")
+        require(self.batch_size >= 2, f"pretrain.batch_size={self.batch_size}: a contrastive loss needs at least 2 images")
+        require(
+            0 <= self.warmup_epochs <= self.epochs,
+            f"pretrain.warmup_epochs={self.warmup_epochs}: give a number from 0 to pretrain.epochs={self.epochs}",
+        )
+        precisions = ("auto", "fp32", "bf16", "fp16")
+        require(
+            self.precision in precisions,
+            f"pretrain.precision={self.precision}: choose one of {', '.join(precisions)}",
+        )
+        require(self.log_every >= 1, f"pretrain.log_every={self.log_every}: give at least 1")
+        require(self.knn_every >= 0, f"pretrain.knn_every={self.knn_every}: give 0 (never) or more")
+        require(self.knn_images >= 1, f"pretrain.knn_images={self.knn_images}: give at least 1")
+        require(
+            self.checkpoint_seconds >= 0,
+            f"pretrain.checkpoint_seconds={self.checkpoint_seconds}: give 0 (every logged step) or more",
+        )
+
+
+@dataclass
+class ProbeConfig:
+    """The evaluation protocol of a frozen encoder."""
+
+    l2: list[float] = MISSING  # L2 strengths tried on the validation split
+    max_iter: int = MISSING  # L-BFGS iterations of one fit, at most
+    knn_k: int = MISSING
+    knn_temperature: float = MISSING
+    batch_size: int = MISSING  # images in a forward pass
+
+    def __post_init__(self) -> None:
+        require(len(self.l2) > 0 and min(self.l2) > 0, f"probe.l2={self.l2}: give one or more positive strengths")
+        require(self.max_iter >= 1, f"probe.max_iter={self.max_iter}: give at least 1")
+        require(self.knn_k >= 1, f"probe.knn_k={self.knn_k}: give at least 1 neighbour")
+        require(self.knn_temperature > 0, f"probe.knn_temperature={self.knn_temperature}: give a positive number")
+        require(self.batch_size >= 1, f"probe.batch_size={self.batch_size}: give at least 1")
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases. The run folder's own files are always written."""
+
+    mode: str = MISSING  # offline | online | disabled
+    project: str = MISSING
+    entity: str | None = None
+
+    def __post_init__(self) -> None:
+        modes = ("offline", "online", "disabled")
+        require(self.mode in modes, f"tracking.mode={self.mode}: choose one of {', '.join(modes)}")
+
+
+def _root(help: str) -> Any:
+    return field(default=MISSING, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    """Everything that ``scclr train`` reads."""
+
+    alpha: float | None = field(
+        default=None, metadata={"help": "balance in [0, 1]: total = 2 (alpha attraction + (1 - alpha) repulsion)"}
+    )
+    seed: int = _root("initialisation, order of images and augmentation")
+    device: str = _root("auto | cpu | cuda")
+    stages: list[str] = _root("[pretrain,probe], or a part of it")
+    runs: str = _root("folder of all run folders")
+    experiment: str = _root("sub-folder of runs; +experiment=NAME loads a preset")
+    init_from: str | None = field(default=None, metadata={"help": "run folder or checkpoint to start from"})
+    overwrite: bool = _root("redo a finished run")
+    dataset: dict[str, Any] = MISSING
+    augment: dict[str, Any] = MISSING
+    encoder: dict[str, Any] = MISSING
+    projector: ProjectorConfig = MISSING
+    loss: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    pretrain: PretrainConfig = MISSING
+    probe: ProbeConfig = MISSING
+    tracking: TrackingConfig = MISSING
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, f"seed={self.seed}: give a whole number from 0")
+        devices = ("auto", "cpu", "cuda")
+        require(self.device in devices, f"device={self.device}: choose one of {', '.join(devices)}")
+        require(
+            len(self.stages) > 0 and list(self.stages) == [s for s in STAGES if s in self.stages],
+            f"stages=[{','.join(self.stages)}]: choose from [{','.join(STAGES)}], in this order",
+        )
+        require(
+            "pretrain" in self.stages or self.init_from is not None,
+            "stages=[probe] needs an encoder: add init_from=<run folder or checkpoint>",
+        )
+        require(
+            self.experiment not in ("", ".", "..") and "/" not in self.experiment,
+            f"experiment={self.experiment}: give a plain folder name",
+        )
+        self._check_alpha()
+
+    def _check_alpha(self) -> None:
+        loss = self.loss_name
+        if "alpha" not in self.loss:
+            require(
+                self.alpha is None,
+                f"loss={loss} has no balance, so alpha={self.alpha} would be ignored: "
+                f"drop it, or type loss=balanced alpha={self.alpha}",
+            )
+            return
+        require(self.alpha is not None, f"loss={loss} needs a balance: type alpha=0.5, or another number in [0, 1]")
+        assert self.alpha is not None
+        require(0 <= self.alpha <= 1, f"alpha={self.alpha}: the balance is a number in [0, 1]; alpha=0.5 is NT-Xent")
+        require(self.loss["alpha"] == self.alpha, "loss.alpha follows the root value: type alpha=... instead")
+
+    @property
+    def loss_name(self) -> str:
+        """The word after ``loss=``: the module of its target."""
+        return str(self.loss.get("_target_", "?")).rsplit(".", 2)[-2]
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the run: the configuration without its volatile keys (paths, device, tracking)."""
+        plain = {key: value for key, value in asdict(self).items() if key not in VOLATILE}
+        plain["dataset"] = {key: value for key, value in plain["dataset"].items() if key != "root"}
+        if self.init_from is not None:  # what is in the file, wherever it lies
+            plain["init_from"] = hashlib.sha256(checkpoint_path(self.init_from).read_bytes()).hexdigest()
+        return plain
+
+    @property
+    def directory(self) -> Path:
+        """``runs/<experiment>/<loss>-alpha<alpha>-seed<seed>-<hash8>``: the same configuration, the same folder."""
+        balance = "" if self.alpha is None else f"-alpha{self.alpha:g}"
+        digest = _digest(self.fingerprint)
+        return Path(self.runs) / self.experiment / f"{self.loss_name}{balance}-seed{self.seed}-{digest}"
+
+    @property
+    def group(self) -> str:
+        """The name that the seeds of one configuration share."""
+        plain = {key: value for key, value in self.fingerprint.items() if key != "seed"}
+        balance = "" if self.alpha is None else f"-alpha{self.alpha:g}"
+        return f"{self.loss_name}{balance}-{_digest(plain)}"
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: inside an installed package, beside it in a source tree."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "conf"
+
+
+def checkpoint_path(source: str | Path) -> Path:
+    """The checkpoint file meant by a run folder or a file.
+
+    Raises:
+        UserError: nothing there.
+    """
+    path = Path(source)
+    if path.is_dir():
+        require((path / "last.pt").is_file(), f"{path}: no last.pt in this folder; give a run folder or a checkpoint")
+        return path / "last.pt"
+    require(path.is_file(), f"{path}: no such file or folder; give a run folder or a checkpoint")
+    return path
+
+
+def _digest(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def resolve(config: DictConfig) -> TrainConfig:
+    """The composed YAML as a typed, checked, plain ``TrainConfig``.
+
+    Raises:
+        UserError: a key nobody reads, a missing or ill-typed value, a value out of range, or an ``alpha`` that the loss
+            would ignore.
+    """
+    _refuse_unknown(config, TrainConfig, "")
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), config))
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from error
+    assert isinstance(typed, TrainConfig)
+    return typed
+
+
+def adopt(config: TrainConfig, saved: Mapping[str, Any]) -> TrainConfig:
+    """``config`` with what defines the encoder taken from ``saved``, the configuration inside a checkpoint."""
+    return resolve(OmegaConf.create({**asdict(config), **{key: saved[key] for key in ADOPTED}}))
+
+
+def refuse_ignored(config: TrainConfig, overrides: Iterable[str]) -> None:
+    """Raise ``UserError`` for an override that ``stages=[probe]`` would ignore, since the checkpoint decides it."""
+    if "pretrain" not in config.stages:
+        for override in overrides:
+            key = override.lstrip("+~").split("=")[0].split(".")[0]
+            require(key not in ADOPTED, f"{override}: stages=[probe] takes {key} from init_from; drop it")
+
+
+def _refuse_unknown(config: DictConfig, schema: type, prefix: str) -> None:
+    """OmegaConf accepts ``+typo=1`` beside a schema; nothing would read it."""
+    known = {f.name: f.type for f in fields(schema)}
+    for key in config:
+        require(key in known, f"{prefix}{key}: no such key{did_you_mean(str(key), known)}")
+        if is_dataclass(nested := known[str(key)]) and isinstance(value := config[key], DictConfig):
+            _refuse_unknown(value, typing.cast(type, nested), f"{prefix}{key}.")
+
+
+def build(name: str, node: Mapping[str, Any], **given: Any) -> Any:
+    """Construct ``node["_target_"]`` from the node's other keys and what it names of ``given``.
+
+    Args:
+        name: the group, for messages, such as ``"loss"``.
+        node: ``_target_`` and keyword arguments; types are checked against the constructor's annotations.
+        given: what the program supplies, such as the number of channels; not settable from the configuration.
+
+    Raises:
+        UserError: a target outside ``scclr`` (a configuration inside a checkpoint must not run arbitrary code), an
+            unknown, missing or ill-typed argument, or a value that the constructor refuses with ``ValueError``.
+    """
+    target = str(node.get("_target_", ""))
+    require(target.startswith("scclr."), f"{name}._target_={target}: only components of scclr can be built")
+    module, _, attribute = target.rpartition(".")
+    try:
+        component = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{name}._target_={target}: no such component ({error})") from error
+    hints = typing.get_type_hints(component.__init__ if inspect.isclass(component) else component)
+    parameters = inspect.signature(component).parameters
+    schema = {key: p for key, p in parameters.items() if key not in given}
+    arguments = {key: value for key, value in node.items() if key != "_target_"}
+    for key in arguments:
+        takes = ", ".join(schema) or "no arguments"
+        require(key in schema, f"{name}.{key}: {attribute} takes {takes}{did_you_mean(str(key), schema)}")
+    for key, parameter in schema.items():
+        missing = key not in arguments and parameter.default is inspect.Parameter.empty
+        require(not missing, f"{name}.{key} is missing: {attribute} needs it")
+    typed = make_dataclass(attribute, [(key, hints[key], field(default=MISSING)) for key in arguments])
+    try:
+        checked = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(typed), OmegaConf.create(arguments)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{name}.{error.full_key or error.key}: {one_line(error)}") from error
+    assert isinstance(checked, dict)
+    try:
+        supplied = {key: value for key, value in given.items() if key in parameters}
+        return component(**{str(key): value for key, value in checked.items()}, **supplied)
+    except ValueError as error:
+        raise UserError(f"{name}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return str(error).strip().split("\n", 1)[0]
+
+
+ConfigStore.instance().store(name="schema", node=TrainConfig)

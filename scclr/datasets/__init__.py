@@ -1,0 +1,194 @@
+"""Labelled image sets as uint8 tensors, and how they are split.
+
+A dataset is one file here with a ``Source`` subclass whose ``read`` parses the files, and one YAML that names it.
+``Source.load`` does the rest, the same for all: subset, carve the validation split, name what is wrong.
+
+Dimensions: N images, C channels, H x W pixels.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torchvision.datasets.utils import check_integrity
+
+from scclr.config import UserError, one_line, require
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """``images`` uint8 [N, C, H, W] and ``labels`` int64 [N], -1 where there is none."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor) -> "ImageSet":
+        return ImageSet(self.images[index], self.labels[index])
+
+    def __add__(self, other: "ImageSet") -> "ImageSet":
+        return ImageSet(torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels]))
+
+    def to(self, device: torch.device) -> "ImageSet":
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+    def with_channels(self, channels: int) -> "ImageSet":
+        """Grey images repeated over three channels, or colour images as luma (ITU-R 601), to suit an encoder."""
+        have = self.images.shape[1]
+        if have == channels:
+            return self
+        if channels == 1:
+            luma = torch.tensor([0.299, 0.587, 0.114], device=self.images.device).view(1, 3, 1, 1)
+            grey = [(part * luma).sum(1, keepdim=True).round().byte() for part in self.images.split(4096)]
+            return ImageSet(torch.cat(grey), self.labels)
+        return ImageSet(self.images.expand(-1, channels, -1, -1).contiguous(), self.labels)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a run sees. Choices are made on ``validation``; ``test`` is touched once, at the end.
+
+    ``pretrain`` is ``train`` without its labels, unless the dataset has an unlabelled part (STL-10). ``mean`` and ``std``
+    are per channel, of pixels in [0, 1].
+    """
+
+    pretrain: ImageSet
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def to(self, device: torch.device) -> "Splits":
+        train = self.train.to(device)
+        pretrain = train if self.pretrain is self.train else self.pretrain.to(device)
+        return Splits(
+            pretrain, train, self.validation.to(device), self.test.to(device), self.classes, self.mean, self.std
+        )
+
+
+class Parts(NamedTuple):
+    """What the files hold: the official splits, before any subset. Without a test split, one is carved from train."""
+
+    train: ImageSet
+    test: ImageSet | None
+    classes: Sequence[str]
+    unlabelled: ImageSet | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(ABC):
+    """What every dataset can be asked.
+
+    Args:
+        limit: at most this many labelled training images (and as many unlabelled ones), stratified, validation included.
+        classes: keep these labels only, renumbered from 0 in this order.
+        validation: share of the training images that is held out to choose on.
+        test: share of all images that is held out to report on, for a dataset without a test split of its own.
+        split_seed: seed of the carving; runs with another ``seed`` keep the same splits.
+        mean, std: per channel, of training pixels in [0, 1].
+
+    Raises:
+        ValueError: a share outside (0, 1), fewer than two classes, or mean and std that do not fit together.
+    """
+
+    limit: int | None
+    classes: list[int] | None
+    validation: float
+    split_seed: int
+    mean: list[float]
+    std: list[float]
+    test: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, share in (("validation", self.validation), ("test", self.test)):
+            if share is not None and not 0 < share < 1:
+                raise ValueError(f"{name}={share}: give a share between 0 and 1")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit}: give at least 1 image, or null for all")
+        if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
+            raise ValueError(f"classes={self.classes}: give two or more different labels, or null for all")
+        if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
+            raise ValueError(f"mean={self.mean} and std={self.std}: give one of each per channel, std positive")
+
+    @abstractmethod
+    def read(self) -> Parts:
+        """Parse the files.
+
+        Raises:
+            UserError: a missing, truncated or corrupt file; the message names it and what to do.
+        """
+
+    def load(self) -> Splits:
+        """Read, subset and split. Pure in (files, arguments).
+
+        Raises:
+            UserError: as ``read``, or a subset that leaves too few images of a class to split.
+        """
+        full, held_out, names, unlabelled = self.read()
+        if self.classes is not None:
+            outside = [c for c in self.classes if not 0 <= c < len(names)]
+            require(not outside, f"dataset.classes={outside}: labels run from 0 to {len(names) - 1}")
+            names = [names[c] for c in self.classes]
+            full = _keep(full, self.classes)
+            held_out = held_out and _keep(held_out, self.classes)
+        if held_out is None:
+            require(self.test is not None, "dataset.test is null, and this dataset has no test split to fall back on")
+            full, held_out = self._carve(full, self.test or 0, "test")
+        if self.limit is not None and self.limit < len(full):
+            full, _ = self._carve(full, len(full) - self.limit, "limit")
+        train, validation = self._carve(full, self.validation, "validation")
+        pretrain = train
+        if unlabelled is not None:
+            order = torch.from_numpy(np.random.default_rng(self.split_seed).permutation(len(unlabelled)))
+            pretrain = unlabelled if self.limit is None else unlabelled[order[: self.limit]]
+        return Splits(pretrain, train, validation, held_out, tuple(names), tuple(self.mean), tuple(self.std))
+
+    def _carve(self, data: ImageSet, share: float | int, name: str) -> tuple[ImageSet, ImageSet]:
+        """(rest, a stratified part of that share or count)."""
+        labels = data.labels.numpy()
+        try:
+            rest, part = train_test_split(
+                np.arange(len(data)), test_size=share, stratify=labels, random_state=self.split_seed
+            )
+        except ValueError as error:
+            advice = "give more images, or fewer classes"
+            raise UserError(f"dataset: {len(data)} images are too few for dataset.{name}: {advice} ({error})") from error
+        return data[torch.from_numpy(rest)], data[torch.from_numpy(part)]
+
+
+def _keep(data: ImageSet, classes: Sequence[int]) -> ImageSet:
+    renumbered = torch.full((int(data.labels.max()) + 1,), -1)
+    for new, old in enumerate(classes):
+        if old < len(renumbered):
+            renumbered[old] = new
+    labels = renumbered[data.labels]
+    return ImageSet(data.images[labels >= 0], labels[labels >= 0])
+
+
+def check_files(folder: Path, files: Sequence[tuple[str, str | None]], advice: str) -> None:
+    """Raise ``UserError`` naming the first of ``files`` (path below ``folder``, MD5) that is missing or corrupt."""
+    for name, md5 in files:
+        path = folder / name
+        require(path.is_file(), f"{path}: no such file; {advice}")
+        with reading(path, advice):
+            require(check_integrity(str(path), md5), f"{path}: truncated or corrupt (its MD5 is not {md5}); {advice}")
+
+
+@contextmanager
+def reading(path: Path, advice: str) -> Iterator[None]:
+    """Any failure to read or download inside the block becomes a ``UserError`` that names ``path`` and ``advice``."""
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError, ValueError, AssertionError, KeyError) as error:
+        raise UserError(f"{path}: {one_line(error) or type(error).__name__}; {advice}") from error

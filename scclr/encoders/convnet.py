@@ -1,0 +1,58 @@
+"""A small residual network that is worth running on a CPU."""
+
+from collections import OrderedDict
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch normalisation and a shortcut (He et al. 2016, fig. 5 left)."""
+
+    def __init__(self, width_in: int, width_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width_out)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width_out)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or width_in != width_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(width_in, width_out, 1, stride, bias=False), nn.BatchNorm2d(width_out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class ConvNet(nn.Module):
+    """A 3x3 stem, one residual block per width (halving the resolution from the second on), global average pooling.
+
+    Args:
+        in_channels: channels of the images.
+        widths: channels of each block; the last is ``feature_dim``.
+        stem_stride: stride of the stem; 2 quarters the work on images above 16 pixels.
+
+    Raises:
+        ValueError: no widths, a width below 1, or a stride other than 1 and 2.
+    """
+
+    def __init__(self, *, in_channels: int, widths: list[int], stem_stride: int) -> None:
+        super().__init__()
+        if not widths or min(widths) < 1:
+            raise ValueError(f"widths={widths}: give one or more positive numbers of channels")
+        if stem_stride not in (1, 2):
+            raise ValueError(f"stem_stride={stem_stride}: give 1 or 2")
+        self.feature_dim = widths[-1]
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            conv=nn.Conv2d(in_channels, widths[0], 3, stem_stride, 1, bias=False),
+            norm=nn.BatchNorm2d(widths[0]),
+            relu=nn.ReLU(inplace=True),
+        )
+        for i, width in enumerate(widths):
+            layers[f"block{i + 1}"] = ResidualBlock(widths[max(i - 1, 0)], width, stride=1 if i == 0 else 2)
+        self.layers = nn.Sequential(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).mean((2, 3))  # [B, feature_dim]

@@ -1,0 +1,44 @@
+"""torchvision's residual networks with a stem that suits the image size."""
+
+import warnings
+
+import torchvision
+from torch import Tensor, nn
+
+SMALL_IMAGE = 64  # pixels; up to here the stem is SimCLR's for CIFAR-10 (Chen et al. 2020, app. B.9)
+
+
+class ResNet(nn.Module):
+    """ResNet-18, -34 or -50 without its classifier.
+
+    Args:
+        in_channels: 1 or 3.
+        image_size: pixels a side; chooses the stem when it is ``auto``.
+        depth: 18, 34 or 50.
+        stem: ``small`` (3x3, stride 1, no max-pool), ``imagenet`` (7x7, stride 2, max-pool), or ``auto``: small up to 64
+            pixels. An ``imagenet`` stem on a small image leaves little to see, so it warns.
+
+    Raises:
+        ValueError: another depth or stem.
+    """
+
+    def __init__(self, *, in_channels: int, image_size: int, depth: int, stem: str) -> None:
+        super().__init__()
+        if depth not in (18, 34, 50):
+            raise ValueError(f"depth={depth}: choose 18, 34 or 50")
+        if stem not in ("auto", "small", "imagenet"):
+            raise ValueError(f"stem={stem}: choose auto, small or imagenet")
+        small = image_size <= SMALL_IMAGE
+        if stem == "imagenet" and small:
+            warnings.warn(f"a 7x7 stem with max-pooling on {image_size}-pixel images: stem=auto suits them", stacklevel=2)
+        self.network = getattr(torchvision.models, f"resnet{depth}")(weights=None)
+        self.feature_dim: int = self.network.fc.in_features
+        self.network.fc = nn.Identity()
+        if stem == "small" or (stem == "auto" and small):
+            self.network.conv1 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
+            self.network.maxpool = nn.Identity()
+        elif in_channels != 3:
+            self.network.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)  # [B, feature_dim]

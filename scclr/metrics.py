@@ -1,0 +1,40 @@
+"""What can be compared across losses and balances: geometry of unit embeddings. All stay on the device.
+
+Dimensions: B images, two views z1, z2 [B, P] with unit rows.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+UNIFORMITY_ROWS = 4096  # more pairs than 4096^2 / 2 would only cost memory
+
+
+def alignment(z1: Tensor, z2: Tensor) -> Tensor:
+    """E |z1 - z2|^2 over positive pairs, in [0, 4] (Wang & Isola 2020, eq. 5 with exponent 2)."""
+    return (z1 - z2).square().sum(1).mean()
+
+
+def uniformity(z: Tensor, t: float = 2.0) -> Tensor:
+    """log E exp(-t |z_i - z_j|^2) over pairs i != j, in [-4 t, 0] (Wang & Isola 2020, eq. 6); of the first 4096 rows."""
+    return F.pdist(z[:UNIFORMITY_ROWS]).square().mul(-t).exp().mean().log()
+
+
+def effective_rank(z: Tensor) -> Tensor:
+    """exp of the entropy of the normalised singular values of z, in [1, P] (Roy & Vetterli 2007; RankMe)."""
+    singular = torch.linalg.svdvals(z.float())
+    share = singular / singular.sum()
+    return torch.special.entr(share).sum().exp()
+
+
+def pull(term: Callable[[Tensor, Tensor], Tensor], z1: Tensor, z2: Tensor) -> Tensor:
+    """Frobenius norm of the gradient of ``term(z1, z2)`` on the unit sphere: how hard it moves the embeddings.
+
+    The radial part is left out, since the normalisation would remove it.
+    """
+    z = torch.cat([z1, z2]).detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(term(*z.chunk(2)), z)
+    return (gradient - (gradient * z).sum(1, keepdim=True) * z).norm()

@@ -1,0 +1,59 @@
+"""Encoder, projector and the unit sphere: images -> h [B, D] -> z [B, P]."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scclr.config import ProjectorConfig
+
+
+class Model(nn.Module):
+    """What is trained: normalisation of pixels, ``encoder``, ``projector``, normalisation of embeddings.
+
+    ``mean`` and ``std`` of the pretraining data are buffers, so a checkpoint sees pixels as it was trained to. Embeddings
+    are normalised here and nowhere else, in float32.
+
+    Args:
+        encoder: images [B, C, H, W] -> h [B, encoder.feature_dim].
+        mean, std: per channel, of pixels in [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: nn.Module, projector: ProjectorConfig, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(list(std)).view(1, -1, 1, 1))
+        self.encoder = encoder
+        self.projector = make_projector(int(encoder.feature_dim), projector)  # type: ignore[arg-type]
+
+    @property
+    def channels(self) -> int:
+        return self.mean.shape[1]
+
+    def represent(self, images: Tensor) -> Tensor:
+        """h [B, D] of float images in [0, 1], [B, C, H, W]."""
+        return self.encoder((images - self.mean) / self.std)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(h [B, D], z [B, P] with unit rows in float32; an all-zero row stays zero)."""
+        h = self.represent(images)
+        return h, F.normalize(self.projector(h).float(), dim=1)
+
+
+def make_projector(in_dim: int, config: ProjectorConfig) -> nn.Sequential:
+    """``depth`` linear layers with (batch norm and) ReLU between them; the identity when ``depth`` is 0."""
+    layers: list[nn.Module] = []
+    width = in_dim
+    for _ in range(config.depth - 1):
+        layers.append(nn.Linear(width, config.hidden_dim, bias=not config.batch_norm))
+        if config.batch_norm:
+            layers.append(nn.BatchNorm1d(config.hidden_dim))
+        layers.append(nn.ReLU(inplace=True))
+        width = config.hidden_dim
+    if config.depth > 0:
+        layers.append(nn.Linear(width, config.out_dim))
+    return nn.Sequential(*layers)

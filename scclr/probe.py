@@ -1,0 +1,166 @@
+"""Evaluation of a frozen encoder: features once, choose on validation, test once.
+
+Dimensions: N images, D features, K classes.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scclr.config import ProbeConfig
+from scclr.datasets import ImageSet, Splits
+from scclr.model import Model
+
+PIXELS = 32  # a side; the baseline on raw pixels sees no more than CIFAR's 3,072 values
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Fractions in [0, 1] by metric name, the L2 strength chosen on validation, and the hash of the frozen encoder."""
+
+    metrics: dict[str, float]
+    l2: float
+    encoder_sha256: str | None = None
+
+
+def encoder_hash(encoder: nn.Module) -> str:
+    """SHA-256 over the names and bytes of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def features(model: Model, data: ImageSet, batch_size: int) -> Tensor:
+    """h [N, D] in float32 of un-augmented images, the model in eval mode; its mode is restored."""
+    training = model.training
+    model.eval()
+    images = data.with_channels(model.channels).images
+    h = torch.cat([model.represent(part.float() / 255).float() for part in images.split(batch_size)])
+    model.train(training)
+    return h
+
+
+def pixels(data: ImageSet) -> Tensor:
+    """The images themselves as features, in [0, 1], [N, C H W]; above 32 pixels a side averaged down to 32 x 32."""
+    if max(data.images.shape[-2:]) <= PIXELS:
+        return data.images.flatten(1).float() / 255
+    parts = (F.adaptive_avg_pool2d(part.float() / 255, PIXELS) for part in data.images.split(4096))
+    return torch.cat([part.flatten(1) for part in parts])
+
+
+def probe_encoder(model: Model, splits: Splits, config: ProbeConfig) -> ProbeResult:
+    """The protocols on the frozen encoder of ``model``; asserts that evaluating did not change it."""
+    before = encoder_hash(model.encoder)
+    result = probe(lambda data: features(model, data, config.batch_size), splits, config)
+    assert encoder_hash(model.encoder) == before, "evaluation changed the encoder"
+    return ProbeResult(result.metrics, result.l2, before)
+
+
+def probe_pixels(splits: Splits, config: ProbeConfig) -> ProbeResult:
+    """The same protocols on raw pixels."""
+    return probe(pixels, splits, config)
+
+
+def probe(represent: Callable[[ImageSet], Tensor], splits: Splits, config: ProbeConfig) -> ProbeResult:
+    """Logistic regression and kNN on what ``represent`` makes of the images.
+
+    ``probe/logreg/top1``: features standardised, multinomial logistic regression; the L2 strength is chosen on the
+    validation split, the model refitted on training and validation images and tested once. ``knn/k<k>/top1``: see
+    ``knn_top1``, with training and validation images as neighbours.
+    """
+    train, validation, test = (represent(part) for part in (splits.train, splits.validation, splits.test))
+    y, y_validation, y_test = (part.labels for part in (splits.train, splits.validation, splits.test))
+    classes = len(splits.classes)
+    l2 = choose_l2(train, y, validation, y_validation, classes, config.l2, config.max_iter)
+    both, y_both = torch.cat([train, validation]), torch.cat([y, y_validation])
+    scale = Standardise(both)
+    fit = fit_logreg(scale(both), y_both, classes, l2, config.max_iter)
+    return ProbeResult(
+        {
+            "probe/logreg/top1": top1(scale(test), y_test, fit),
+            f"knn/k{config.knn_k}/top1": knn_top1(
+                both, y_both, test, y_test, classes, k=config.knn_k, temperature=config.knn_temperature
+            ),
+        },
+        l2,
+    )
+
+
+class Standardise:
+    """(x - mean) / std by the statistics of ``x`` [N, D], in float64; constant features become 0."""
+
+    def __init__(self, x: Tensor) -> None:
+        x = x.double()
+        self.mean, std = x.mean(0), x.std(0, correction=0)
+        self.scale = torch.where(std > 1e-12, 1 / std.clamp_min(1e-12), 0.0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x.double() - self.mean) * self.scale
+
+
+def choose_l2(
+    x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor, classes: int, l2: Sequence[float], max_iter: int
+) -> float:
+    """The strength of the best validation accuracy; of equals the strongest. Each fit starts from the last one's."""
+    scale = Standardise(x)
+    x, x_validation = scale(x), scale(x_validation)
+    best, chosen, fit = -1.0, 0.0, None
+    for strength in sorted(l2, reverse=True):
+        fit = fit_logreg(x, y, classes, strength, max_iter, fit)
+        accuracy = top1(x_validation, y_validation, fit)
+        if accuracy > best:
+            best, chosen = accuracy, strength
+    return chosen
+
+
+def fit_logreg(x: Tensor, y: Tensor, classes: int, l2: float, max_iter: int, start: Tensor | None = None) -> Tensor:
+    """Minimise ``mean cross-entropy + l2/2 |W|^2`` by L-BFGS; the bias, the last row, is not penalised.
+
+    Args:
+        x: float64 [N, D]; y: int64 [N].
+        start: a solution to start from instead of zero.
+
+    Returns:
+        [D + 1, K]. In scikit-learn's terms l2 is 1 / (C N).
+    """
+    weights = torch.zeros(x.shape[1] + 1, classes, dtype=x.dtype, device=x.device) if start is None else start.clone()
+    weights.requires_grad_()
+    solver = torch.optim.LBFGS(
+        [weights], max_iter=max_iter, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        solver.zero_grad()
+        value = F.cross_entropy(torch.addmm(weights[-1], x, weights[:-1]), y) + l2 / 2 * weights[:-1].square().sum()
+        value.backward()
+        return value
+
+    solver.step(objective)
+    return weights.detach()
+
+
+def top1(x: Tensor, y: Tensor, weights: Tensor) -> float:
+    """Accuracy of linear ``weights`` [D + 1, K] on x [N, D]."""
+    return (torch.addmm(weights[-1], x, weights[:-1]).argmax(1) == y).double().mean().item()
+
+
+@torch.no_grad()
+def knn_top1(
+    bank: Tensor, y_bank: Tensor, queries: Tensor, y: Tensor, classes: int, *, k: int, temperature: float
+) -> float:
+    """Accuracy of k nearest neighbours by cosine, votes weighted by exp(cosine / temperature) (Wu et al. 2018, sec. 3.4)."""
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    hits = torch.zeros((), dtype=torch.int64, device=bank.device)
+    for part, truth in zip(queries.split(1024), y.split(1024), strict=True):
+        cosine, nearest = (part @ bank.T).topk(min(k, len(bank)), dim=1)  # [1024, k]
+        votes = torch.zeros(len(part), classes, device=bank.device)
+        votes.scatter_add_(1, y_bank[nearest], (cosine / temperature).exp())
+        hits += (votes.argmax(1) == truth).sum()
+    return hits.item() / len(queries)

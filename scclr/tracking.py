@@ -1,0 +1,128 @@
+"""The record of a run: ``metrics.jsonl``, a progress bar, and Weights & Biases. The only module that imports wandb."""
+
+import json
+import secrets
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import wandb
+from tqdm import tqdm
+
+from scclr.checkpoint import write_atomic
+from scclr.config import TrackingConfig, UserError, one_line
+
+SHOWN = {"loss": "loss", "attract": "A", "repel": "R", "knn": "kNN", "lr": "lr", "images_per_second": "img/s"}
+
+
+class RunLog:
+    """Rows of metrics by step, kept in ``<directory>/metrics.jsonl`` and sent to W&B; a context manager.
+
+    ``metrics.jsonl`` is the record: one JSON object a row, flushed at once. When a run resumes, rows past its checkpoint
+    are dropped and the rest is replayed, so that an offline W&B run is whole too.
+
+    Args:
+        start: steps that the checkpoint holds; 0 for a fresh run.
+
+    Raises:
+        UserError: W&B cannot start (no key, no network); names ``tracking.mode=offline``.
+    """
+
+    def __init__(
+        self, directory: Path, config: TrackingConfig, *, name: str, group: str, settings: Mapping[str, Any], start: int
+    ) -> None:
+        self.path = directory / "metrics.jsonl"
+        rows = [row for row in read_rows(self.path) if row["step"] <= start and start > 0]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomic(self.path, lambda file: file.write(text.encode()))
+        self.wandb = _start_wandb(directory, config, name, group, settings, resumed=start > 0)
+        for row in rows:
+            self.wandb.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+        self.latest: dict[str, float] = {key: value for row in rows for key, value in row.items()}
+        self.file: IO[str] = open(self.path, "a")  # noqa: SIM115
+        self.bar: tqdm | None = None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.file.close()
+        self.wandb.finish(exit_code=0 if kind is None else 1)
+
+    def progress(self, start: int, total: int, epochs: int) -> None:
+        """Show a bar of steps on standard error; where that is no terminal, a line every half minute."""
+        live = sys.stderr.isatty()
+        self.epochs = epochs
+        self.bar = tqdm(
+            total=total,
+            initial=start,
+            desc="pretrain",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.1 if live else 30,
+            bar_format="{desc} {percentage:3.0f}% |{bar:12}| {elapsed}<{remaining}{postfix}",
+        )
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the metrics after ``step`` finished steps."""
+        row = {f"pretrain/{key}": value for key, value in values.items()}
+        self.file.write(json.dumps({"step": step, **row}) + "\n")
+        self.file.flush()
+        self.wandb.log(row, step=step)
+        self.latest.update(row)
+        if self.bar is not None:
+            shown = {name: self.latest.get(f"pretrain/{key}") for key, name in SHOWN.items()}
+            figures = " ".join(f"{name} {_short(value)}" for name, value in shown.items() if value is not None)
+            epoch = f"epoch {self.latest['pretrain/epoch']:.3g}/{self.epochs}"
+            self.bar.set_postfix_str(f"{epoch} {figures}", refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def summary(self, metrics: Mapping[str, float]) -> None:
+        """The final numbers, into W&B's summary."""
+        self.wandb.summary.update(dict(metrics))
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; a last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _start_wandb(
+    directory: Path, config: TrackingConfig, name: str, group: str, settings: Mapping[str, Any], *, resumed: bool
+) -> Any:
+    identity = directory / "wandb" / "run-id"  # kept, so that a resumed run goes on in the same W&B run
+    if config.mode != "disabled":
+        identity.parent.mkdir(exist_ok=True)
+        if not (resumed and identity.exists()):
+            identity.write_text(secrets.token_hex(4))
+        for stale in identity.parent.glob(f"offline-run-*-{identity.read_text()}"):
+            shutil.rmtree(stale)
+    try:
+        return wandb.init(
+            mode=config.mode,
+            project=config.project,
+            entity=config.entity,
+            id=identity.read_text() if config.mode != "disabled" else None,
+            resume="allow" if config.mode == "online" else None,
+            dir=str(directory),
+            name=name,
+            group=group,
+            config=dict(settings),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except wandb.errors.Error as error:
+        raise UserError(f"W&B does not start ({one_line(error)}): log in, or type tracking.mode=offline") from error

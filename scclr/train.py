@@ -1,0 +1,325 @@
+"""The entry point of training: composed YAML -> typed configuration -> stages -> ``result.json``."""
+
+import copy
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from scclr.checkpoint import load, save, write_atomic
+from scclr.config import (
+    TrainConfig,
+    UserError,
+    adopt,
+    build,
+    checkpoint_path,
+    conf_dir,
+    one_line,
+    refuse_ignored,
+    require,
+    resolve,
+)
+from scclr.datasets import Splits
+from scclr.model import Model
+from scclr.optim import describe
+from scclr.pretrain import precision_of, pretrain
+from scclr.probe import features, knn_top1, probe_encoder, probe_pixels
+from scclr.tracking import RunLog
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")
+def main(composed: DictConfig) -> None:
+    """One run, or one point of a sweep."""
+    try:
+        config = resolve(composed)
+        refuse_ignored(config, HydraConfig.get().overrides.task)
+        run(config)
+    except UserError as error:
+        print(f"scclr train: error: {error}", file=sys.stderr)
+        if HydraConfig.get().mode == RunMode.RUN:
+            raise SystemExit(1) from error
+        raise  # the sweep goes on, and fails at its end
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse what can be refused before any data is read or file written, without allocating a weight.
+
+    Raises:
+        UserError: a component that cannot be built, a device or a checkpoint that is not there.
+    """
+    if config.init_from is not None:
+        checkpoint_path(config.init_from)
+    precision_of(pick_device(config.device), config.pretrain.precision)
+    source = build("dataset", config.dataset)
+    build("loss", config.loss)
+    build("augment", config.augment)
+    with torch.device("meta"):
+        model = make_model(config, source.mean, source.std, image_size=getattr(source, "image_size", 32))
+    build("optimizer", config.optimizer, model=model, batch_size=config.pretrain.batch_size)
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Carry out ``config.stages`` in the run's own folder and return what ``result.json`` holds.
+
+    A finished run is only reported; an interrupted one goes on from its last checkpoint.
+
+    Raises:
+        UserError: whatever the user can mend; nothing is left behind that was not there before or is not whole.
+    """
+    started = time.monotonic()
+    origin = load(config.init_from) if config.init_from is not None else None
+    training = "pretrain" in config.stages
+    if origin is not None and not training:
+        config = adopt(config, origin["config"])
+    directory = config.directory
+    if (directory / "result.json").exists() and not config.overwrite:
+        result = json.loads((directory / "result.json").read_text())
+        print(summary(result, directory, "this run was finished before; overwrite=true redoes it"))
+        return result
+
+    device = pick_device(config.device)
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(config.seed)
+    splits = build("dataset", config.dataset).load()
+    if origin is not None and not training:
+        mean, std = origin["model"]["mean"].flatten().tolist(), origin["model"]["std"].flatten().tolist()
+        model = make_model(config, mean, std, image_size=origin["image_size"])
+    else:
+        model = make_model(config, splits.mean, splits.std, image_size=splits.train.images.shape[-1])
+        check_fit(config, splits)
+    untrained = copy.deepcopy(model).to(device)
+    if origin is not None:
+        load_weights(model, origin, config)
+    model.to(device)
+    splits = splits.to(device)
+
+    with claimed(directory, config.overwrite):
+        resumed = load(directory) if training and (directory / "last.pt").exists() else None
+        write_atomic(directory / "config.yaml", lambda f: f.write(OmegaConf.to_yaml(asdict(config)).encode()))
+        print(f"{directory}", file=sys.stderr)
+        with RunLog(
+            directory,
+            config.tracking,
+            name=directory.name,
+            group=config.group,
+            settings=asdict(config),
+            start=resumed["step"] if resumed else 0,
+        ) as log:
+            seconds = {"pretrain": 0.0, "probe": 0.0}
+            if training:
+                seconds["pretrain"] = pretrain_stage(config, model, splits, resumed, directory, log)
+            metrics: dict[str, float] = {}
+            details: dict[str, Any] = {}
+            if "probe" in config.stages:
+                clock = time.monotonic()
+                metrics, details = probe_stage(config, model, untrained, splits)
+                seconds["probe"] = time.monotonic() - clock
+            log.summary(metrics)
+            previous = resumed["seconds"] if resumed else 0.0
+            seconds["total"] = time.monotonic() - started + previous
+            result = {
+                "run": directory.name,
+                "group": config.group,
+                "metrics": metrics,
+                **details,
+                "last": log.latest,
+                "seconds": {name: round(value, 3) for name, value in seconds.items()},
+                "config": asdict(config),
+                "machine": machine(device),
+                "versions": versions(),
+            }
+        write_atomic(directory / "result.json", lambda f: f.write(json.dumps(result, indent=2).encode()))
+    print(summary(result, directory, hint(config)))
+    return result
+
+
+def pretrain_stage(
+    config: TrainConfig, model: Model, splits: Splits, resumed: dict[str, Any] | None, directory: Path, log: RunLog
+) -> float:
+    """Pretrain ``model`` in place, from the checkpoint ``resumed`` if there is one; returns its seconds so far."""
+    options, device = config.pretrain, splits.train.images.device
+    loss, augment = build("loss", config.loss), build("augment", config.augment)
+    optimizer = build("optimizer", config.optimizer, model=model, batch_size=options.batch_size)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision_of(device, options.precision) == torch.float16)
+    start, clock, previous = 0, time.monotonic(), 0.0
+    if resumed is not None:
+        model.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        start, previous = resumed["step"], resumed["seconds"]
+    print(describe(optimizer), file=sys.stderr)
+    steps_per_epoch = len(splits.pretrain) // options.batch_size
+    few = splits.train[torch.arange(min(options.knn_images, len(splits.train)), device=device)]
+
+    def save_checkpoint(step: int) -> None:
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "step": step,
+            "seconds": previous + time.monotonic() - clock,
+            "image_size": splits.train.images.shape[-1],
+            "config": asdict(config),
+        }
+        save(directory / "last.pt", state)
+
+    def validate() -> float:
+        bank, queries = (features(model, part, config.probe.batch_size) for part in (few, splits.validation))
+        k, temperature = config.probe.knn_k, config.probe.knn_temperature
+        classes = len(splits.classes)
+        return knn_top1(bank, few.labels, queries, splits.validation.labels, classes, k=k, temperature=temperature)
+
+    log.progress(start, options.epochs * steps_per_epoch, options.epochs)
+    pretrain(
+        model,
+        loss,
+        augment,
+        optimizer,
+        scaler,
+        splits.pretrain,
+        options,
+        seed=config.seed,
+        start=start,
+        log=log.row,
+        save=save_checkpoint,
+        knn=validate,
+    )
+    return previous + time.monotonic() - clock
+
+
+def probe_stage(
+    config: TrainConfig, model: Model, untrained: Model, splits: Splits
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The protocols on the encoder, on its untrained twin and on raw pixels: (metrics, what was chosen)."""
+    print("probe: encoder, untrained encoder, raw pixels", file=sys.stderr)
+    results = {
+        "": probe_encoder(model, splits, config.probe),
+        "baseline/untrained/": probe_encoder(untrained, splits, config.probe),
+        "baseline/pixels/": probe_pixels(splits, config.probe),
+    }
+    metrics = {prefix + name: value for prefix, r in results.items() for name, value in r.metrics.items()}
+    chosen = {prefix + "probe/logreg": r.l2 for prefix, r in results.items()}
+    return metrics, {"l2": chosen, "encoder_sha256": results[""].encoder_sha256}
+
+
+def make_model(config: TrainConfig, mean: list[float], std: list[float], *, image_size: int) -> Model:
+    """The untrained model, from torch's global generator."""
+    encoder = build("encoder", config.encoder, in_channels=len(mean), image_size=image_size)
+    return Model(encoder, config.projector, mean, std)
+
+
+def load_weights(model: Model, checkpoint: dict[str, Any], config: TrainConfig) -> None:
+    """Copy a checkpoint's weights into ``model``, all of them."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        detail = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"init_from={config.init_from}: its weights do not fit this encoder and projector ({detail})") from error
+
+
+def check_fit(config: TrainConfig, splits: Splits) -> None:
+    """A step needs a whole batch."""
+    n, batch = len(splits.pretrain), config.pretrain.batch_size
+    require(batch <= n, f"pretrain.batch_size={batch} is larger than the {n} images to pretrain on: type a smaller one")
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is any.
+
+    Raises:
+        UserError: cuda without CUDA.
+    """
+    available = torch.cuda.is_available()
+    require(name != "cuda" or available, "device=cuda: PyTorch finds no CUDA device here; type device=cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+@contextmanager
+def claimed(directory: Path, overwrite: bool) -> Iterator[None]:
+    """The run folder, made if need be and held against other processes; emptied of an older run if ``overwrite``.
+
+    Raises:
+        UserError: it cannot be written, or another process is in it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{directory}: cannot write there ({error.strerror}); type runs=<a folder of yours>") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, also after a crash
+        except OSError as error:
+            raise UserError(f"{directory}: another process is at work on this run; wait for it") from error
+        if overwrite:
+            for name in ("result.json", "last.pt", "metrics.jsonl"):
+                (directory / name).unlink(missing_ok=True)
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{directory}: {one_line(error)}; free space and type the command again") from error
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where the numbers were made."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "device": device.type,
+        "gpu": gpu,
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of what computes, and the git revision of this source tree, if it is one."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = None
+    packages = ("scclr", "torch", "torchvision", "hydra-core", "numpy", "scikit-learn", "wandb")
+    return {"python": platform.python_version(), "git": revision, **{name: version(name) for name in packages}}
+
+
+def summary(result: dict[str, Any], directory: Path, note: str) -> str:
+    """The table at the end of a run."""
+    metrics = result["metrics"]
+    columns = [name for name in metrics if not name.startswith("baseline/")]
+    rows = {"pretrained": "", "untrained encoder": "baseline/untrained/", "raw pixels": "baseline/pixels/"}
+    lines = [""]
+    if columns:
+        lines.append(f"{'test accuracy, %':<18}" + "".join(f"{name:>20}" for name in columns))
+        for title, prefix in rows.items():
+            lines.append(f"{title:<18}" + "".join(f"{100 * metrics[prefix + name]:>20.2f}" for name in columns))
+        lines.append("")
+    seconds = result["seconds"]
+    spent = f"{seconds['total']:.0f} s, of which pretraining {seconds['pretrain']:.0f} s, probe {seconds['probe']:.0f} s"
+    lines += [f"run   {directory}", f"time  {spent}", f"next  {note}"]
+    return "\n".join(lines)
+
+
+def hint(config: TrainConfig) -> str:
+    """The command to type next."""
+    if "probe" not in config.stages:
+        return f"scclr train stages=[probe] init_from={config.directory}"
+    if config.tracking.mode == "offline":
+        return f"scclr train -m alpha=0.3,0.5,0.7 seed=0,1,2; wandb sync {config.directory}/wandb/offline-run-*"
+    return "scclr train -m alpha=0.3,0.5,0.7 seed=0,1,2"
