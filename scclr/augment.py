@@ -1,9 +1,9 @@
 """Two random views of every image: batched, on the images' device, with randomness keyed by (seed, step).
 
-Each operation is torchvision's, with its own parameters for every image. The parameters are a few floats per view, drawn
-on the CPU from ``(seed, step)`` alone: a resumed run sees the same views, and so does another device. Which images
-an operation touches is therefore known on the CPU, so skipping the others costs no synchronisation. Normalisation is not
-here: it belongs to the model, whose frozen encoder takes its statistics along to another dataset.
+Each operation is torchvision's, with its own parameters for every image. The parameters are a few floats per view,
+drawn on the CPU from ``(seed, step)`` alone: a resumed run sees the same views, and so does another device. Which
+images an operation touches is therefore known on the CPU, so skipping the others costs no synchronisation.
+Normalisation is not here: it belongs to the model, whose frozen encoder takes its statistics along to other datasets.
 
 Dimensions: B images, V = 2 B views, C channels (1 or 3), H x W pixels, S pixels a side of a view.
 """
@@ -137,7 +137,7 @@ class Augment:
 
 
 def _apply(x: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
-    """``x`` with ``operation`` done to the ``chosen`` (CPU mask [V]) images, each with its own row of ``parameters``."""
+    """``x`` with ``operation`` done to the ``chosen`` images (CPU mask [V]), each with its row of ``parameters``."""
     index = chosen.nonzero().squeeze(1)
     if len(index) == 0:
         return x
@@ -149,10 +149,10 @@ def _apply(x: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *paramet
 def crop_boxes(
     n: int, height: int, width: int, scale: list[float], ratio: list[float], random: torch.Generator
 ) -> Tensor:
-    """``n`` boxes (top, left, height, width) in whole pixels, float32 [n, 4], by torchvision's RandomResizedCrop rule.
+    """``n`` boxes (top, left, height, width) in whole pixels, float32 [n, 4], as torchvision's RandomResizedCrop.
 
-    An attempt draws an area uniform in ``scale`` and a log-uniform aspect ratio, and is taken if it fits; after ten, the
-    largest centred crop whose aspect ratio lies in ``ratio``.
+    An attempt draws an area uniform in ``scale`` and a log-uniform aspect ratio, and is taken if it fits; after ten,
+    the largest centred crop whose aspect ratio lies in ``ratio``.
     """
     u = torch.rand(4, CROP_ATTEMPTS, n, generator=random)
     area = height * width * (scale[0] + u[0] * (scale[1] - scale[0]))
@@ -246,7 +246,7 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, size: int) -> Tensor:
-    """Blur [V, C, H, W] with a standard deviation ``sigma`` [V, 1, 1, 1] of its own, ``size`` (odd) taps, reflected edges."""
+    """Blur each of [V, C, H, W] with its own standard deviation [V, 1, 1, 1]; ``size`` (odd) taps, reflected edges."""
     n, channels, height, width = x.shape
     taps = torch.arange(size, device=x.device) - size // 2
     weights = torch.exp(-0.5 * (taps / sigma.view(n, 1)) ** 2)

@@ -11,7 +11,7 @@ from scclr.config import UserError, checkpoint_path, one_line
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it; a failure leaves an older ``path`` as it was."""
+    """Let ``write`` fill a file beside ``path``, then rename it; a failure leaves an older ``path`` as it was."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
@@ -33,7 +33,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
     try:
         write_atomic(path, lambda file: torch.save(state, file))
     except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
-        raise UserError(f"{path}: cannot write the checkpoint ({one_line(error)}); free space and type the command again") from error
+        raise UserError(
+            f"{path}: cannot write the checkpoint ({one_line(error)}); free space and type the command again"
+        ) from error
 
 
 def load(source: str | Path) -> dict[str, Any]:
@@ -50,4 +52,3 @@ def load(source: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"model", "config"} <= state.keys():
         raise UserError(f"{path}: not a checkpoint of scclr (no 'model' and 'config' in it); give a run's last.pt")
     return state
-

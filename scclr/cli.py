@@ -7,7 +7,7 @@ Exit codes: 0 done, 1 an error, 2 an unknown command, 130 interrupted. Nothing i
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import NoReturn
 
@@ -133,13 +133,11 @@ def train_help() -> str:
     """``scclr train --help``."""
     from scclr.config import TrainConfig
 
-    values = "\n".join(
-        f"  {f.name:<12} {f.metadata['help']}" for f in fields(TrainConfig) if "help" in f.metadata
-    )
+    values = "\n".join(f"  {f.name:<12} {f.metadata['help']}" for f in fields(TrainConfig) if "help" in f.metadata)
     choices = "\n".join(f"  {name:<12} {', '.join(stems)}" for name, stems in groups().items() if stems)
     return (
         "usage: scclr train [-m] [group=choice ...] [key=value ...]\n\n"
-        "Pretrain an encoder, then evaluate it frozen; with -m, once for every combination of comma-separated values.\n\n"
+        "Pretrain an encoder, then evaluate it frozen; with -m, once for every combination of values.\n\n"
         f"root values (key=value)\n{values}\n\n"
         f"groups (group=choice; group.key=value sets a value inside; experiment is +experiment=NAME)\n{choices}\n\n"
         f"{EXAMPLES}\n\n"
@@ -150,8 +148,8 @@ def train_help() -> str:
 def name_experiment(overrides: list[str]) -> list[str]:
     """Make ``experiment=NAME`` name the folder of runs.
 
-    Hydra takes it for a choice of the group of presets, which shares the word; an option of another, in-memory group sets
-    the value instead.
+    Hydra takes it for a choice of the group of presets, which shares the word; an option of another, in-memory group
+    sets the value instead.
     """
     from hydra.core.config_store import ConfigStore
 
@@ -217,26 +215,26 @@ def check_points(overrides: list[str], *, sweep: bool) -> None:
 def explain(error: Exception) -> str:
     """One line for a command line that does not compose."""
     import hydra
-    from omegaconf import DictConfig
+    from omegaconf import OmegaConf
 
     from scclr.config import did_you_mean
 
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if unknown := re.match(r"Could not override '([^']*)'", lines[0]):
         key = unknown[1]
-        known: list[str] = []
-
-        def collect(node: DictConfig, prefix: str) -> None:
-            for name in node:
-                known.append(f"{prefix}{name}")
-                if not node._is_missing(name) and isinstance(child := node._get_node(name), DictConfig):
-                    collect(child, f"{prefix}{name}.")
-
-        collect(hydra.compose("train"), "")
+        known = list(keys(OmegaConf.to_container(hydra.compose("train"))))
         return f"{key}: no such key{did_you_mean(key, known) or '; `scclr train --help` lists the keys'}"
     if lines[0].startswith("Error merging override") and (cause := error.__cause__) is not None:
         return f"{lines[0].removeprefix('Error merging override ')}: {str(cause).strip().splitlines()[0]}"
     return lines[0]
+
+
+def keys(node: object, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a nested mapping."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield f"{prefix}{name}"
+            yield from keys(value, f"{prefix}{name}.")
 
 
 COMMANDS: dict[str, tuple[Command, str]] = {

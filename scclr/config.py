@@ -45,6 +45,19 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_least(group: str, config: object, **least: float) -> None:
+    """Raise ``UserError`` for an attribute of ``config`` below its least value."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        require(value >= low, f"{group}.{name}={value}: give at least {low}")
+
+
+def require_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ``UserError`` unless ``value`` is one of ``choices``."""
+    listed = ", ".join(choices)
+    require(value in choices, f"{name}={value}: choose one of {listed}{did_you_mean(value, choices)}")
+
+
 @dataclass
 class ProjectorConfig:
     """MLP from ``h`` [B, D] to the embedding before normalisation [B, out_dim] (SimCLR, sec. 4.2)."""
@@ -55,8 +68,7 @@ class ProjectorConfig:
     batch_norm: bool = MISSING  # after every hidden layer
 
     def __post_init__(self) -> None:
-        require(self.depth >= 0, f"projector.depth={self.depth}: give 0 (no projector) or more layers")
-        require(min(self.hidden_dim, self.out_dim) >= 1, "projector.hidden_dim and projector.out_dim must be at least 1")
+        require_least("projector", self, depth=0, hidden_dim=1, out_dim=1)
 
 
 @dataclass
@@ -75,24 +87,11 @@ class PretrainConfig:
     checkpoint_seconds: float = MISSING  # least time between two checkpoints, which are written on logged steps
 
     def __post_init__(self) -> None:
-        require(self.epochs >= 1, f"pretrain.epochs={self.epochs}: give at least 1, or stages=[probe] to skip pretraining")
-        require(self.batch_size >= 2, f"pretrain.batch_size={self.batch_size}: a contrastive loss needs at least 2 images")
-        require(
-            0 <= self.warmup_epochs <= self.epochs,
-            f"pretrain.warmup_epochs={self.warmup_epochs}: give a number from 0 to pretrain.epochs={self.epochs}",
-        )
-        precisions = ("auto", "fp32", "bf16", "fp16")
-        require(
-            self.precision in precisions,
-            f"pretrain.precision={self.precision}: choose one of {', '.join(precisions)}",
-        )
-        require(self.log_every >= 1, f"pretrain.log_every={self.log_every}: give at least 1")
-        require(self.knn_every >= 0, f"pretrain.knn_every={self.knn_every}: give 0 (never) or more")
-        require(self.knn_images >= 1, f"pretrain.knn_images={self.knn_images}: give at least 1")
-        require(
-            self.checkpoint_seconds >= 0,
-            f"pretrain.checkpoint_seconds={self.checkpoint_seconds}: give 0 (every logged step) or more",
-        )
+        require_least("pretrain", self, epochs=1, batch_size=2, warmup_epochs=0)
+        require_least("pretrain", self, log_every=1, knn_every=0, knn_images=1, checkpoint_seconds=0)
+        warmup, epochs = self.warmup_epochs, self.epochs
+        require(warmup <= epochs, f"pretrain.warmup_epochs={warmup}: give at most pretrain.epochs={epochs}")
+        require_choice("pretrain.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
 
 
 @dataclass
@@ -106,11 +105,9 @@ class ProbeConfig:
     batch_size: int = MISSING  # images in a forward pass
 
     def __post_init__(self) -> None:
-        require(len(self.l2) > 0 and min(self.l2) > 0, f"probe.l2={self.l2}: give one or more positive strengths")
-        require(self.max_iter >= 1, f"probe.max_iter={self.max_iter}: give at least 1")
-        require(self.knn_k >= 1, f"probe.knn_k={self.knn_k}: give at least 1 neighbour")
+        require(min(self.l2, default=0) > 0, f"probe.l2={self.l2}: give one or more positive strengths")
+        require_least("probe", self, max_iter=1, knn_k=1, batch_size=1)
         require(self.knn_temperature > 0, f"probe.knn_temperature={self.knn_temperature}: give a positive number")
-        require(self.batch_size >= 1, f"probe.batch_size={self.batch_size}: give at least 1")
 
 
 @dataclass
@@ -122,12 +119,7 @@ class TrackingConfig:
     entity: str | None = None
 
     def __post_init__(self) -> None:
-        modes = ("offline", "online", "disabled")
-        require(self.mode in modes, f"tracking.mode={self.mode}: choose one of {', '.join(modes)}")
-
-
-def _root(help: str) -> Any:
-    return field(default=MISSING, metadata={"help": help})
+        require_choice("tracking.mode", self.mode, ("offline", "online", "disabled"))
 
 
 @dataclass
@@ -137,13 +129,13 @@ class TrainConfig:
     alpha: float | None = field(
         default=None, metadata={"help": "balance in [0, 1]: total = 2 (alpha attraction + (1 - alpha) repulsion)"}
     )
-    seed: int = _root("initialisation, order of images and augmentation")
-    device: str = _root("auto | cpu | cuda")
-    stages: list[str] = _root("[pretrain,probe], or a part of it")
-    runs: str = _root("folder of all run folders")
-    experiment: str = _root("sub-folder of runs; +experiment=NAME loads a preset")
+    seed: int = field(default=MISSING, metadata={"help": "initialisation, order of images and augmentation"})
+    device: str = field(default=MISSING, metadata={"help": "auto | cpu | cuda"})
+    stages: list[str] = field(default=MISSING, metadata={"help": "[pretrain,probe], or a part of it"})
+    runs: str = field(default=MISSING, metadata={"help": "folder of all run folders"})
+    experiment: str = field(default=MISSING, metadata={"help": "sub-folder of runs; +experiment=NAME loads a preset"})
     init_from: str | None = field(default=None, metadata={"help": "run folder or checkpoint to start from"})
-    overwrite: bool = _root("redo a finished run")
+    overwrite: bool = field(default=MISSING, metadata={"help": "redo a finished run"})
     dataset: dict[str, Any] = MISSING
     augment: dict[str, Any] = MISSING
     encoder: dict[str, Any] = MISSING
@@ -156,8 +148,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"seed={self.seed}: give a whole number from 0")
-        devices = ("auto", "cpu", "cuda")
-        require(self.device in devices, f"device={self.device}: choose one of {', '.join(devices)}")
+        require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require(
             len(self.stages) > 0 and list(self.stages) == [s for s in STAGES if s in self.stages],
             f"stages=[{','.join(self.stages)}]: choose from [{','.join(STAGES)}], in this order",
@@ -271,9 +262,9 @@ def refuse_ignored(config: TrainConfig, overrides: Iterable[str]) -> None:
 def _refuse_unknown(config: DictConfig, schema: type, prefix: str) -> None:
     """OmegaConf accepts ``+typo=1`` beside a schema; nothing would read it."""
     known = {f.name: f.type for f in fields(schema)}
-    for key in config:
-        require(key in known, f"{prefix}{key}: no such key{did_you_mean(str(key), known)}")
-        if is_dataclass(nested := known[str(key)]) and isinstance(value := config[key], DictConfig):
+    for key in map(str, config):
+        require(key in known, f"{prefix}{key}: no such key{did_you_mean(key, known)}")
+        if is_dataclass(nested := known[key]) and isinstance(value := config[key], DictConfig):
             _refuse_unknown(value, typing.cast(type, nested), f"{prefix}{key}.")
 
 

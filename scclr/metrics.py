@@ -18,7 +18,7 @@ def alignment(z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def uniformity(z: Tensor, t: float = 2.0) -> Tensor:
-    """log E exp(-t |z_i - z_j|^2) over pairs i != j, in [-4 t, 0] (Wang & Isola 2020, eq. 6); of the first 4096 rows."""
+    """log E exp(-t |z_i - z_j|^2), pairs i != j of the first 4096 rows, in [-4 t, 0] (Wang & Isola 2020, eq. 6)."""
     return F.pdist(z[:UNIFORMITY_ROWS]).square().mul(-t).exp().mean().log()
 
 

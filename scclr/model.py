@@ -12,8 +12,8 @@ from scclr.config import ProjectorConfig
 class Model(nn.Module):
     """What is trained: normalisation of pixels, ``encoder``, ``projector``, normalisation of embeddings.
 
-    ``mean`` and ``std`` of the pretraining data are buffers, so a checkpoint sees pixels as it was trained to. Embeddings
-    are normalised here and nowhere else, in float32.
+    ``mean`` and ``std`` of the pretraining data are buffers, so a checkpoint sees pixels as it was trained to.
+    Embeddings are normalised here and nowhere else, in float32.
 
     Args:
         encoder: images [B, C, H, W] -> h [B, encoder.feature_dim].
@@ -23,7 +23,9 @@ class Model(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: nn.Module, projector: ProjectorConfig, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, encoder: nn.Module, projector: ProjectorConfig, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(list(std)).view(1, -1, 1, 1))

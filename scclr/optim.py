@@ -12,7 +12,7 @@ REFERENCE_BATCH = 256  # images; the batch size at which a base learning rate is
 
 
 def effective_lr(lr: float, lr_scaling: str, batch_size: int) -> float:
-    """The peak learning rate of a batch: ``lr`` (none), times B / 256 (linear) or times sqrt(B) (sqrt: SimCLR, app. B.1).
+    """The peak learning rate: ``lr`` (none), times B / 256 (linear), or times sqrt(B) (sqrt: SimCLR, app. B.1).
 
     Raises:
         ValueError: another rule, or ``lr`` not positive.
@@ -69,12 +69,19 @@ def describe(optimizer: Optimizer) -> str:
 
 
 def _fusible(model: nn.Module) -> bool:
-    """Whether torch has a fused kernel for the model's device: one pass over memory a step, and no host sync in fp16."""
+    """Whether torch has a fused kernel for the model's device: one pass over memory, and no host sync in fp16."""
     return all(p.device.type in ("cpu", "cuda") for p in model.parameters())
 
 
 def adamw(
-    *, model: nn.Module, batch_size: int, lr: float, lr_scaling: str, weight_decay: float, betas: list[float], eps: float
+    *,
+    model: nn.Module,
+    batch_size: int,
+    lr: float,
+    lr_scaling: str,
+    weight_decay: float,
+    betas: list[float],
+    eps: float,
 ) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019); biases and norms do not decay.
 
@@ -88,7 +95,14 @@ def adamw(
 
 
 def sgd(
-    *, model: nn.Module, batch_size: int, lr: float, lr_scaling: str, weight_decay: float, momentum: float, nesterov: bool
+    *,
+    model: nn.Module,
+    batch_size: int,
+    lr: float,
+    lr_scaling: str,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
 ) -> Optimizer:
     """SGD with momentum; biases and norms do not decay.
 
@@ -116,8 +130,8 @@ def lars(
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017, alg. 1), with SimCLR's momentum.
 
-    For each tensor w with gradient g: ``d = g + weight_decay w``; ``d *= trust |w| / |d|`` where the group adapts and both
-    norms are positive; ``v = momentum v + d``; ``w -= lr v``. No step waits for the device.
+    For each tensor w with gradient g: ``d = g + weight_decay w``; ``d *= trust |w| / |d|`` where the group adapts and
+    both norms are positive; ``v = momentum v + d``; ``w -= lr v``. No step waits for the device.
 
     Raises:
         ValueError: momentum outside [0, 1) or trust not positive.

@@ -37,7 +37,8 @@ def precision_of(device: torch.device, precision: str) -> torch.dtype:
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     require(
-        precision != "fp16" or device.type != "cpu", "pretrain.precision=fp16 needs CUDA: type pretrain.precision=bf16 or fp32"
+        precision != "fp16" or device.type != "cpu",
+        "pretrain.precision=fp16 needs CUDA: type pretrain.precision=bf16 or fp32",
     )
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
@@ -91,8 +92,8 @@ def pretrain(
 ) -> None:
     """Train ``model`` in place from step ``start`` to the last one of ``config.epochs``.
 
-    A step is a function of (weights, optimiser and scaler state, seed, step), so a run resumed from a checkpoint is the uninterrupted
-    run. The host waits for the device only on the steps that are logged.
+    A step is a function of (weights, optimiser and scaler state, seed, step), so a run resumed from a checkpoint is the
+    uninterrupted run. The host waits for the device only on the steps that are logged.
 
     Args:
         log: takes the number of finished steps and a row of metrics.

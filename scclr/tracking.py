@@ -20,8 +20,8 @@ SHOWN = {"loss": "loss", "attract": "A", "repel": "R", "knn": "kNN", "lr": "lr",
 class RunLog:
     """Rows of metrics by step, kept in ``<directory>/metrics.jsonl`` and sent to W&B; a context manager.
 
-    ``metrics.jsonl`` is the record: one JSON object a row, flushed at once. When a run resumes, rows past its checkpoint
-    are dropped and the rest is replayed, so that an offline W&B run is whole too.
+    ``metrics.jsonl`` is the record: one JSON object a row, flushed at once. When a run resumes, rows past its
+    checkpoint are dropped and the rest is replayed, so that an offline W&B run is whole too.
 
     Args:
         start: steps that the checkpoint holds; 0 for a fresh run.
@@ -48,8 +48,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.end_progress()
         self.file.close()
         self.wandb.finish(exit_code=0 if kind is None else 1)
 
@@ -80,6 +79,11 @@ class RunLog:
             epoch = f"epoch {self.latest['pretrain/epoch']:.3g}/{self.epochs}"
             self.bar.set_postfix_str(f"{epoch} {figures}", refresh=False)
             self.bar.update(step - self.bar.n)
+
+    def end_progress(self) -> None:
+        """Leave the bar as it stands, so that other lines can follow."""
+        if self.bar is not None:
+            self.bar.close()
 
     def summary(self, metrics: Mapping[str, float]) -> None:
         """The final numbers, into W&B's summary."""
@@ -113,7 +117,7 @@ def _start_wandb(
             shutil.rmtree(stale)
     try:
         return wandb.init(
-            mode=config.mode,
+            mode=config.mode,  # type: ignore[arg-type]
             project=config.project,
             entity=config.entity,
             id=identity.read_text() if config.mode != "disabled" else None,

@@ -199,6 +199,7 @@ def pretrain_stage(
         save=save_checkpoint,
         knn=validate,
     )
+    log.end_progress()
     return previous + time.monotonic() - clock
 
 
@@ -229,7 +230,8 @@ def load_weights(model: Model, checkpoint: dict[str, Any], config: TrainConfig) 
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         detail = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"init_from={config.init_from}: its weights do not fit this encoder and projector ({detail})") from error
+        message = f"init_from={config.init_from}: its weights do not fit this encoder and projector ({detail})"
+        raise UserError(message) from error
 
 
 def check_fit(config: TrainConfig, splits: Splits) -> None:
@@ -311,7 +313,7 @@ def summary(result: dict[str, Any], directory: Path, note: str) -> str:
             lines.append(f"{title:<18}" + "".join(f"{100 * metrics[prefix + name]:>20.2f}" for name in columns))
         lines.append("")
     seconds = result["seconds"]
-    spent = f"{seconds['total']:.0f} s, of which pretraining {seconds['pretrain']:.0f} s, probe {seconds['probe']:.0f} s"
+    spent = f"{seconds['total']:.0f} s: pretraining {seconds['pretrain']:.0f} s, probe {seconds['probe']:.0f} s"
     lines += [f"run   {directory}", f"time  {spent}", f"next  {note}"]
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ A dataset is one file here with a ``Source`` subclass whose ``read`` parses the 
 Dimensions: N images, C channels, H x W pixels.
 """
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,8 +58,8 @@ class ImageSet:
 class Splits:
     """What a run sees. Choices are made on ``validation``; ``test`` is touched once, at the end.
 
-    ``pretrain`` is ``train`` without its labels, unless the dataset has an unlabelled part (STL-10). ``mean`` and ``std``
-    are per channel, of pixels in [0, 1].
+    ``pretrain`` is ``train`` without its labels, unless the dataset has an unlabelled part (STL-10). ``mean`` and
+    ``std`` are per channel, of pixels in [0, 1].
     """
 
     pretrain: ImageSet
@@ -91,7 +92,7 @@ class Source(ABC):
     """What every dataset can be asked.
 
     Args:
-        limit: at most this many labelled training images (and as many unlabelled ones), stratified, validation included.
+        limit: at most this many labelled training images, stratified, validation included (and as many unlabelled).
         classes: keep these labels only, renumbered from 0 in this order.
         validation: share of the training images that is held out to choose on.
         test: share of all images that is held out to report on, for a dataset without a test split of its own.
@@ -163,7 +164,9 @@ class Source(ABC):
             )
         except ValueError as error:
             advice = "give more images, or fewer classes"
-            raise UserError(f"dataset: {len(data)} images are too few for dataset.{name}: {advice} ({error})") from error
+            raise UserError(
+                f"dataset: {len(data)} images are too few for dataset.{name}: {advice} ({error})"
+            ) from error
         return data[torch.from_numpy(rest)], data[torch.from_numpy(part)]
 
 
@@ -190,5 +193,5 @@ def reading(path: Path, advice: str) -> Iterator[None]:
     """Any failure to read or download inside the block becomes a ``UserError`` that names ``path`` and ``advice``."""
     try:
         yield
-    except (OSError, EOFError, RuntimeError, ValueError, AssertionError, KeyError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, AssertionError, KeyError, zlib.error) as error:
         raise UserError(f"{path}: {one_line(error) or type(error).__name__}; {advice}") from error

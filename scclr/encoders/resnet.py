@@ -15,8 +15,8 @@ class ResNet(nn.Module):
         in_channels: 1 or 3.
         image_size: pixels a side; chooses the stem when it is ``auto``.
         depth: 18, 34 or 50.
-        stem: ``small`` (3x3, stride 1, no max-pool), ``imagenet`` (7x7, stride 2, max-pool), or ``auto``: small up to 64
-            pixels. An ``imagenet`` stem on a small image leaves little to see, so it warns.
+        stem: ``small`` (3x3, stride 1, no max-pool), ``imagenet`` (7x7, stride 2, max-pool), or ``auto``: small up to
+            64 pixels. An ``imagenet`` stem on a small image leaves little to see, so it warns.
 
     Raises:
         ValueError: another depth or stem.
@@ -30,7 +30,9 @@ class ResNet(nn.Module):
             raise ValueError(f"stem={stem}: choose auto, small or imagenet")
         small = image_size <= SMALL_IMAGE
         if stem == "imagenet" and small:
-            warnings.warn(f"a 7x7 stem with max-pooling on {image_size}-pixel images: stem=auto suits them", stacklevel=2)
+            warnings.warn(
+                f"a 7x7 stem with max-pooling on {image_size}-pixel images: stem=auto suits them", stacklevel=2
+            )
         self.network = getattr(torchvision.models, f"resnet{depth}")(weights=None)
         self.feature_dim: int = self.network.fc.in_features
         self.network.fc = nn.Identity()
