@@ -69,7 +69,7 @@ def guarded(name: str, argv: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print tracebacks of its own: let exceptions come here
     try:
         COMMANDS[name][0](argv)
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         if full:
             raise
         print(f"scclr {name}: error: {one_line(error)}", file=sys.stderr)
@@ -226,6 +226,8 @@ def explain(error: Exception) -> str:
         return f"{key}: no such key{did_you_mean(key, known) or '; `scclr train --help` lists the keys'}"
     if lines[0].startswith("Error merging override") and (cause := error.__cause__) is not None:
         return f"{lines[0].removeprefix('Error merging override ')}: {str(cause).strip().splitlines()[0]}"
+    if word := re.match(r"Error parsing override '([^']*)'", lines[0]):
+        return f"{word[1]}: write key=value, such as alpha=0.5 ({lines[1] if len(lines) > 1 else lines[0]})"
     return lines[0]
 
 

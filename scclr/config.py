@@ -19,7 +19,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 STAGES = ("pretrain", "probe")
 COMPONENTS = ("dataset", "augment", "encoder", "loss", "optimizer")
@@ -240,8 +240,10 @@ def resolve(config: DictConfig) -> TrainConfig:
     _refuse_unknown(config, TrainConfig, "")
     try:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), config))
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is missing: type {error.full_key}=...") from error
     except OmegaConfBaseException as error:
-        raise UserError(one_line(error)) from error
+        raise UserError(f"{error.full_key or error.key}: {one_line(error)}") from error
     assert isinstance(typed, TrainConfig)
     return typed
 

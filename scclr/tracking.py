@@ -122,7 +122,7 @@ def _start_wandb(
             entity=config.entity,
             id=identity.read_text() if config.mode != "disabled" else None,
             resume="allow" if config.mode == "online" else None,
-            dir=str(directory),
+            dir=str(directory.resolve()),  # W&B's service process has a working directory of its own
             name=name,
             group=group,
             config=dict(settings),

@@ -64,6 +64,7 @@ def check(config: TrainConfig) -> None:
     """
     if config.init_from is not None:
         checkpoint_path(config.init_from)
+    check_writable(Path(config.runs))
     precision_of(pick_device(config.device), config.pretrain.precision)
     source = build("dataset", config.dataset)
     build("loss", config.loss)
@@ -238,6 +239,13 @@ def check_fit(config: TrainConfig, splits: Splits) -> None:
     """A step needs a whole batch."""
     n, batch = len(splits.pretrain), config.pretrain.batch_size
     require(batch <= n, f"pretrain.batch_size={batch} is larger than the {n} images to pretrain on: type a smaller one")
+
+
+def check_writable(folder: Path) -> None:
+    """``folder``, or the nearest one above it that exists, takes new files."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
+    require(writable, f"runs={folder}: {existing} cannot be written; type runs=<a folder of yours>")
 
 
 def pick_device(name: str) -> torch.device:

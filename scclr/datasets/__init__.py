@@ -189,6 +189,20 @@ def check_files(folder: Path, files: Sequence[tuple[str, str | None]], advice: s
 
 
 @contextmanager
+def downloading(folder: Path, advice: str) -> Iterator[None]:
+    """``reading`` for a download into ``folder``; folders that it made and left empty are removed if it fails."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with reading(folder, advice):
+            yield
+    except UserError:
+        for path in new:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise
+
+
+@contextmanager
 def reading(path: Path, advice: str) -> Iterator[None]:
     """Any failure to read or download inside the block becomes a ``UserError`` that names ``path`` and ``advice``."""
     try:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torchvision.datasets import CIFAR10 as Reader
 
-from scclr.datasets import ImageSet, Parts, Source, check_files, reading
+from scclr.datasets import ImageSet, Parts, Source, check_files, downloading, reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class CIFAR10(Source):
         reader, root = self.reader, Path(self.root)
         folder = root / reader.base_folder
         if not folder.exists():
-            with reading(root, f"give dataset.root=<the folder that holds {reader.base_folder}>, or a network"):
+            with downloading(root, f"give dataset.root=<the folder that holds {reader.base_folder}>, or a network"):
                 reader(str(root), download=True)
         advice = f"delete {folder} to download it again"
         files = [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]

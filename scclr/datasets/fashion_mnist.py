@@ -11,7 +11,7 @@ from torchvision.datasets import FashionMNIST as Reader
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from scclr.config import require
-from scclr.datasets import ImageSet, Parts, Source, reading
+from scclr.datasets import ImageSet, Parts, Source, downloading, reading
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 ADVICE = (
@@ -35,7 +35,7 @@ class FashionMNIST(Source):
         raw = root / "FashionMNIST" / "raw"
         folder = next((f for f in (root, raw) if list(f.glob("*-ubyte*"))), raw)
         if folder == raw and not list(raw.glob("*-ubyte*")):
-            with reading(raw, ADVICE):
+            with downloading(raw, ADVICE):
                 Reader(str(root), download=True)
         train, test = (_image_set(folder, part) for part in ("train", "t10k"))
         return Parts(train, test, Reader.classes)

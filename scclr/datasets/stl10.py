@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torchvision.datasets import STL10 as Reader
 
-from scclr.datasets import ImageSet, Parts, Source, check_files, reading
+from scclr.datasets import ImageSet, Parts, Source, check_files, downloading, reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class STL10(Source):
         root = Path(self.root)
         folder = root / Reader.base_folder
         if not folder.exists():
-            with reading(root, f"give dataset.root=<the folder that holds {Reader.base_folder}>, or a network"):
+            with downloading(root, f"give dataset.root=<the folder that holds {Reader.base_folder}>, or a network"):
                 Reader(str(root), download=True)
         advice = f"delete {folder} to download it again"
         check_files(folder, [*Reader.train_list, *Reader.test_list], advice)

@@ -1,0 +1,150 @@
+"""The command line: what it answers, what it refuses in one line, and what it leaves behind."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TINY, run_folders
+
+from scclr import __version__
+from scclr.cli import split
+
+Run = Callable[..., int]
+
+
+def test_version_and_help_do_not_import_torch() -> None:
+    for flag, expected in (("--version", __version__), ("--help", "scclr train -m alpha=0.3,0.5,0.7 seed=0,1,2")):
+        probe = f"import sys; from scclr.cli import dispatch; dispatch(['{flag}']); print(len(sys.modules) < 300)"
+        start = time.perf_counter()
+        out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
+        assert time.perf_counter() - start < 2
+        assert expected in out
+        assert out.endswith("True\n")
+
+
+def test_module_runs() -> None:
+    out = subprocess.run([sys.executable, "-m", "scclr", "--version"], capture_output=True, text=True, check=True)
+    assert out.stdout == f"scclr {__version__}\n"
+
+
+def test_unknown_command(scclr: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scclr("trian") == 2
+    assert capsys.readouterr().err == "scclr: error: no such command: trian; did you mean train?\n"
+
+
+def test_train_help(scclr: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scclr("train", "--help") == 0
+    out = capsys.readouterr().out
+    for word in (
+        "alpha ",
+        "overwrite",
+        "cifar10, cifar100, digits",
+        "balanced, ",
+        "scclr train loss=balanced alpha=0.5",
+    ):
+        assert word in out
+
+
+def test_flags_may_stand_anywhere() -> None:
+    assert split(["a=1", "-m", "b=2"]) == (["-m"], ["a=1", "b=2"])
+    assert split(["a=1", "--cfg", "job", "~b"]) == (["--cfg", "job"], ["a=1", "~b"])
+    assert split(["-sc", "query=bash"]) == (["-sc", "query=bash"], [])
+
+
+def test_cfg_prints_the_composed_configuration(scclr: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scclr("train", "alpha=0.3", "--cfg", "job") == 0
+    assert "alpha: 0.3" in capsys.readouterr().out
+
+
+def test_completion_knows_no_subcommand(
+    scclr: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMP_LINE", "scclr train loss=bal")
+    monkeypatch.setenv("COMP_POINT", "20")
+    assert scclr("-sc", "query=bash") == 0
+    assert "loss=balanced" in capsys.readouterr().out
+
+
+REFUSED = [
+    ("loss=balnced", "did you mean balanced? (choices: balanced"),
+    ("dataset=digit", "did you mean digits?"),
+    ("encoder=resnet", "did you mean resnet"),
+    ("+experiment=fashion", "no such experiment"),
+    ("experiment=fashion_mnist_cpu", "type +experiment=fashion_mnist_cpu"),
+    ("alpha=1.5", "in [0, 1]"),
+    ("alpha=half", "could not be converted to Float"),
+    ("alhpa=1", "did you mean alpha?"),
+    ("loss.temprature=1", "did you mean loss.temperature?"),
+    ("+typo=1", "typo: no such key"),
+    ("+loss.typo=1", "takes alpha, temperature"),
+    ("loss.temperature=0", "give a positive number"),
+    ("loss=ntxent alpha=0.5", "type loss=balanced alpha=0.5"),
+    ("pretrain.batch_size=5000", "larger than the 1144 images"),
+    ("init_from=nowhere", "no such file or folder"),
+    ("stages=[probe] init_from=nowhere", "no such file or folder"),
+    ("stages=[probe] init_from=. ", "no last.pt"),
+    ("stages=[probe] init_from=junk.pt", "not a checkpoint"),
+    ("stages=[probe] init_from=junk.pt encoder=resnet18", "drop it"),
+    ("dataset=fashion_mnist dataset.root=empty", "apt-get install dataset-fashion-mnist"),
+    ("dataset=imagefolder", "dataset.root is missing"),
+    ("dataset=imagefolder dataset.root=empty", "one folder of images per class"),
+    ("dataset.classes=[0,10]", "labels run from 0 to 9"),
+    ("runs=junk.pt/runs", "type runs="),
+    ("-m alpha=0.3,1.5", "in [0, 1]"),
+    ("-m loss.temperature=1,-1", "give a positive number"),
+    ("-m loss=balanced,nothing", "no such loss"),
+    ("word", "write key=value"),
+    ("alpha=", "alpha"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSED, ids=[line for line, _ in REFUSED])
+def test_errors_are_one_line_and_leave_nothing(
+    line: str,
+    message: str,
+    scclr: Run,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.mirrors", ["http://127.0.0.1:9/"])
+    (folder / "junk.pt").write_text("not a checkpoint")
+    (folder / "empty").mkdir()
+    before = sorted(folder.rglob("*"))
+    assert scclr("train", *line.split()) == 1
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert lines[-1].startswith("scclr train: error: ")
+    assert message in lines[-1]
+    assert [text for text in lines if "Traceback" in text] == []
+    assert len(lines) == 1
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_cuda_is_refused_where_there_is_none(
+    scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert scclr("train", "device=cuda") == 1
+    assert (
+        capsys.readouterr().err
+        == "scclr train: error: device=cuda: PyTorch finds no CUDA device here; type device=cpu\n"
+    )
+    assert list(folder.iterdir()) == []
+
+
+def test_experiment_names_the_folder(scclr: Run, folder: Path) -> None:
+    assert scclr("train", "experiment=mine", "stages=[pretrain]", *TINY) == 0
+    assert [path.parent.name for path in run_folders(folder)] == ["mine"]
+
+
+def test_interrupt(scclr: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scclr.train.pretrain", stop)
+    assert scclr("train", *TINY) == 130
+    assert "type the same command to go on" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""Encoders, projector and the unit sphere; shapes, stems and devices."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from scclr.config import ProjectorConfig
+from scclr.encoders.convnet import ConvNet
+from scclr.encoders.resnet import ResNet
+from scclr.model import Model, make_projector
+
+PROJECTOR = ProjectorConfig(depth=2, hidden_dim=24, out_dim=12, batch_norm=True)
+
+
+def convnet(channels: int = 1) -> ConvNet:
+    return ConvNet(in_channels=channels, widths=[8, 16], stem_stride=1)
+
+
+def test_shapes_and_unit_rows() -> None:
+    model = Model(convnet(3), PROJECTOR, [0.5] * 3, [0.2] * 3)
+    h, z = model(torch.rand(5, 3, 12, 12))
+    assert h.shape == (5, 16)
+    assert z.shape == (5, 12)
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(5))
+
+
+def test_normalisation_is_part_of_the_model() -> None:
+    encoder = nn.Flatten()
+    encoder.feature_dim = 4  # type: ignore[assignment]
+    plain = Model(encoder, ProjectorConfig(depth=0, hidden_dim=1, out_dim=1, batch_norm=False), [0.5], [0.25])
+    h, z = plain(torch.full((2, 1, 2, 2), 0.75))
+    assert torch.equal(h, torch.ones(2, 4))
+    assert torch.equal(z, torch.full((2, 4), 0.5)), "depth 0 is the identity"
+
+
+def test_projector_layers() -> None:
+    kinds = [type(layer).__name__ for layer in make_projector(16, PROJECTOR)]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    deep = make_projector(16, ProjectorConfig(depth=3, hidden_dim=24, out_dim=12, batch_norm=False))
+    assert [layer.weight.shape for layer in deep if isinstance(layer, nn.Linear)] == [(24, 16), (24, 24), (12, 24)]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convnet(stride: int) -> None:
+    net = ConvNet(in_channels=1, widths=[8, 16, 24], stem_stride=stride)
+    assert net(torch.rand(2, 1, 28, 28)).shape == (2, net.feature_dim) == (2, 24)
+    last = net.layers[:-1](torch.rand(1, 1, 32, 32))
+    assert last.shape[-1] == 16 // stride
+    with pytest.raises(ValueError, match="stem_stride=3"):
+        ConvNet(in_channels=1, widths=[8], stem_stride=3)
+    with pytest.raises(ValueError, match="widths"):
+        ConvNet(in_channels=1, widths=[], stem_stride=1)
+
+
+@pytest.mark.parametrize(("depth", "dim"), [(18, 512), (34, 512), (50, 2048)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resnet_stem_follows_the_image_size(depth: int, dim: int, channels: int) -> None:
+    with torch.device("meta"):
+        small = ResNet(in_channels=channels, image_size=64, depth=depth, stem="auto")
+        large = ResNet(in_channels=channels, image_size=65, depth=depth, stem="auto")
+        assert small.network.conv1.kernel_size == (3, 3)
+        assert isinstance(small.network.maxpool, nn.Identity)
+        assert large.network.conv1.kernel_size == (7, 7)
+        assert isinstance(large.network.maxpool, nn.MaxPool2d)
+        for net in (small, large):
+            assert net(torch.empty(2, channels, 64, 64)).shape == (2, dim)
+            assert net.feature_dim == dim
+
+
+def test_resnet_warns_of_a_large_stem_on_small_images() -> None:
+    with torch.device("meta"):
+        with pytest.warns(UserWarning, match="stem=auto suits them"):
+            ResNet(in_channels=3, image_size=32, depth=18, stem="imagenet")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ResNet(in_channels=3, image_size=32, depth=18, stem="small")
+    with pytest.raises(ValueError, match="depth=19"):
+        ResNet(in_channels=3, image_size=32, depth=19, stem="auto")
+    with pytest.raises(ValueError, match="stem=tiny"):
+        ResNet(in_channels=3, image_size=32, depth=18, stem="tiny")
+
+
+def test_forward_on_a_fake_gpu() -> None:
+    """Every tensor of the forward pass stays on the inputs' device."""
+    with FakeTensorMode(), torch.device("cuda"):
+        for encoder in (convnet(3), ResNet(in_channels=3, image_size=32, depth=18, stem="auto")):
+            model = Model(encoder, PROJECTOR, [0.5] * 3, [0.2] * 3)
+            h, z = model(torch.rand(4, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+            assert h.device.type == z.device.type == "cuda"

@@ -1,0 +1,132 @@
+"""The evaluation protocols against scikit-learn and naive transcriptions, and the encoder they must not touch."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from scclr.config import ProbeConfig, ProjectorConfig
+from scclr.datasets import ImageSet, Splits
+from scclr.datasets.digits import Digits
+from scclr.encoders.convnet import ConvNet
+from scclr.model import Model
+from scclr.probe import (
+    Standardise,
+    choose_l2,
+    encoder_hash,
+    features,
+    fit_logreg,
+    knn_top1,
+    pixels,
+    probe_encoder,
+    probe_pixels,
+    top1,
+)
+
+CONFIG = ProbeConfig(l2=[1e-3, 1e-2], max_iter=50, knn_k=5, knn_temperature=0.1, batch_size=128)
+
+
+def blobs(n: int = 300, dim: int = 6, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = np.random.default_rng(seed)
+    y = draw.integers(0, classes, n)
+    x = draw.normal(size=(classes, dim))[y] + draw.normal(size=(n, dim))
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def splits() -> Splits:
+    return Digits(limit=400, classes=None, validation=0.25, split_seed=0, mean=[0.3], std=[0.4], test=0.25).load()
+
+
+def model() -> Model:
+    torch.manual_seed(0)
+    encoder = ConvNet(in_channels=1, widths=[8, 16], stem_stride=1)
+    return Model(encoder, ProjectorConfig(depth=2, hidden_dim=8, out_dim=4, batch_norm=True), [0.3], [0.4])
+
+
+@pytest.mark.parametrize("l2", [1e-3, 1e-1])
+def test_logistic_regression_is_scikit_learns(l2: float) -> None:
+    x, y = blobs()
+    ours = fit_logreg(x, y, 4, l2, 500)
+    theirs = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=2000).fit(x, y)
+
+    def objective(weights: torch.Tensor) -> float:
+        logits = torch.addmm(weights[-1], x, weights[:-1])
+        return (F.cross_entropy(logits, y) + l2 / 2 * weights[:-1].square().sum()).item()
+
+    reference = torch.from_numpy(np.vstack([theirs.coef_.T, theirs.intercept_]))
+    assert objective(ours) == pytest.approx(objective(reference), rel=1e-7)
+    torch.testing.assert_close(ours[:-1], reference[:-1], atol=1e-3, rtol=1e-2)
+    assert top1(x, y, ours) == pytest.approx(theirs.score(x, y), abs=1 / len(x))
+    warm = fit_logreg(x, y, 4, l2, 500, start=fit_logreg(x, y, 4, 1.0, 500))
+    assert objective(warm) == pytest.approx(objective(reference), rel=1e-7)
+
+
+def test_strength_is_chosen_on_validation_and_ties_go_to_the_strongest() -> None:
+    x, y = blobs(60, 20)
+    x_validation, y_validation = blobs(400, 20)[0], blobs(400, 20)[1]
+    grid = [1e-6, 1e-3, 1e-1, 1.0, 10.0]
+    chosen = choose_l2(x, y, x_validation, y_validation, 4, grid, 200)
+    scale = Standardise(x)
+    scores = {l2: top1(scale(x_validation), y_validation, fit_logreg(scale(x), y, 4, l2, 200)) for l2 in grid}
+    assert scores[chosen] >= max(scores.values()) - 0.01
+    apart = torch.tensor([[-1.0], [1.0]]).double().repeat(10, 1), torch.tensor([0, 1]).repeat(10)
+    assert choose_l2(*apart, *apart, 2, grid, 50) == 10.0
+
+
+def test_standardise() -> None:
+    x = torch.tensor([[1.0, 5.0, 2.0], [3.0, 5.0, 4.0]])
+    assert torch.equal(Standardise(x)(x), torch.tensor([[-1.0, 0.0, -1.0], [1.0, 0.0, 1.0]]).double())
+
+
+def test_knn_is_the_weighted_vote() -> None:
+    x, y = blobs(200)
+    queries, truth = blobs(80, seed=1)
+    accuracy = knn_top1(x, y, queries, truth, 4, k=7, temperature=0.2)
+    unit = F.normalize(x, dim=1).numpy()
+    reference = KNeighborsClassifier(7, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.2))
+    assert accuracy == pytest.approx(reference.fit(unit, y).score(F.normalize(queries, dim=1).numpy(), truth))
+    assert knn_top1(x, y, x, y, 4, k=1, temperature=0.2) == 1
+    assert math.isfinite(knn_top1(x[:3], y[:3], queries, truth, 4, k=20, temperature=0.01))
+
+
+def test_the_encoder_is_frozen_and_in_eval_mode() -> None:
+    net = model().train()
+    before = encoder_hash(net.encoder)
+    data = splits()
+    h = features(net, data.test, 64)
+    assert torch.equal(h, features(net, data.test, 64))
+    torch.testing.assert_close(h, features(net, data.test, 7), atol=1e-5, rtol=1e-5)
+    assert net.training
+    result = probe_encoder(net, data, CONFIG)
+    assert encoder_hash(net.encoder) == before == result.encoder_sha256
+    assert set(result.metrics) == {"probe/logreg/top1", "knn/k5/top1"}
+    assert result == probe_encoder(net, data, CONFIG)
+
+
+def test_the_hash_sees_weights_and_buffers() -> None:
+    net = model()
+    first = encoder_hash(net.encoder)
+    net.encoder.layers.norm.running_mean += 1e-3  # type: ignore[operator, union-attr]
+    second = encoder_hash(net.encoder)
+    next(net.encoder.parameters()).data[0] += 1e-3
+    assert len({first, second, encoder_hash(net.encoder)}) == 3
+
+
+def test_evaluation_that_changes_the_encoder_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model()
+    monkeypatch.setattr(net, "eval", net.train)  # batch norm left in training mode
+    with pytest.raises(AssertionError, match="changed the encoder"):
+        probe_encoder(net, splits(), CONFIG)
+
+
+def test_pixels_are_a_fair_baseline() -> None:
+    result = probe_pixels(splits(), CONFIG)
+    assert result.metrics["probe/logreg/top1"] > 0.85
+    large = ImageSet(torch.full((2, 3, 96, 96), 51, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    assert pixels(large).shape == (2, 3 * 32 * 32)
+    torch.testing.assert_close(pixels(large), torch.full((2, 3072), 0.2))
+    assert pixels(splits().test).shape[1] == 64

@@ -1,0 +1,109 @@
+"""The record: metrics.jsonl, and the offline W&B run read back from its file."""
+
+import io
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import TINY, run_folders
+from wandb.proto.wandb_internal_pb2 import Record
+
+from scclr.config import TrackingConfig, UserError
+from scclr.tracking import RunLog, read_rows
+
+OFFLINE = TrackingConfig(mode="offline", project="test")
+
+
+def wandb_records(path: Path) -> Iterator[Record]:
+    """The records of a .wandb file: a 7-byte header, then LevelDB log blocks of 32 KiB."""
+    data = io.BytesIO(path.read_bytes())
+    data.seek(7)
+    parts = b""
+    while header := data.read(7):
+        if 32768 - (data.tell() - 7) % 32768 < 7:  # padding at the end of a block
+            data.seek(32768 - data.tell() % 32768, 1)
+            continue
+        _, length, kind = struct.unpack("<IHB", header)
+        parts += data.read(length)
+        if kind in (1, 4):  # FULL, LAST
+            record = Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+def history(folder: Path) -> list[dict]:
+    (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    rows = []
+    for record in wandb_records(file):
+        if record.WhichOneof("record_type") == "history":
+            rows.append(
+                {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            )
+    return rows
+
+
+def write(folder: Path, start: int, rows: dict[int, float]) -> None:
+    settings = {"alpha": 0.5}
+    with RunLog(folder, OFFLINE, name="a run", group="its group", settings=settings, start=start) as log:
+        for step, value in rows.items():
+            log.row(step, {"loss": value, "epoch": step / 10})
+        log.summary({"probe/logreg/top1": 0.9})
+
+
+def test_rows_are_flushed_at_once(tmp_path: Path) -> None:
+    with RunLog(tmp_path, TrackingConfig("disabled", "test"), name="n", group="g", settings={}, start=0) as log:
+        log.row(10, {"loss": 1.5})
+        assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 10, "pretrain/loss": 1.5}]
+
+
+def test_the_offline_run_is_whole(tmp_path: Path) -> None:
+    write(tmp_path, 0, {10: 3.0, 20: 2.0})
+    rows = history(tmp_path)
+    assert [(row["_step"], row["pretrain/loss"]) for row in rows] == [(10, 3.0), (20, 2.0)]
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    records = list(wandb_records(file))
+    (run,) = (r.run for r in records if r.WhichOneof("record_type") == "run")
+    assert (run.display_name, run.run_group, run.project) == ("a run", "its group", "test")
+    assert {item.key: json.loads(item.value_json) for item in run.config.update}["alpha"] == 0.5
+    summaries = {
+        "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+        for r in records if r.WhichOneof("record_type") == "summary" for item in r.summary.update
+    }  # fmt: skip
+    assert summaries["probe/logreg/top1"] == 0.9
+
+
+def test_a_resumed_run_is_one_run(tmp_path: Path) -> None:
+    write(tmp_path, 0, {10: 3.0, 20: 2.0, 30: 9.0})
+    first = (tmp_path / "wandb" / "run-id").read_text()
+    write(tmp_path, 20, {30: 1.0})  # the checkpoint held 20 steps
+    assert [row["pretrain/loss"] for row in read_rows(tmp_path / "metrics.jsonl")] == [3.0, 2.0, 1.0]
+    assert [(row["_step"], row["pretrain/loss"]) for row in history(tmp_path)] == [(10, 3.0), (20, 2.0), (30, 1.0)]
+    assert (tmp_path / "wandb" / "run-id").read_text() == first
+    write(tmp_path, 0, {10: 5.0})
+    assert [row["pretrain/loss"] for row in read_rows(tmp_path / "metrics.jsonl")] == [5.0]
+    assert (tmp_path / "wandb" / "run-id").read_text() != first
+
+
+def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x": 2}\n{"step": 2, "x"')
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 2}]
+
+
+def test_online_without_a_key_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"type tracking\.mode=offline"):
+        RunLog(tmp_path, TrackingConfig("online", "test"), name="n", group="g", settings={}, start=0)
+
+
+def test_a_run_is_tracked_offline(scclr: Callable[..., int], folder: Path) -> None:
+    assert scclr("train", "tracking.mode=offline", *TINY) == 0
+    (run,) = run_folders(folder)
+    rows = history(run)
+    assert [row["_step"] for row in rows] == [2, 3, 4, 6]
+    assert {"pretrain/attract", "pretrain/repel", "pretrain/loss"} <= set(rows[0])

@@ -1,0 +1,200 @@
+"""Whole runs: what they write, that they resume, skip, sweep and can be evaluated again."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, run_folders
+
+from scclr.train import claimed
+
+Run = Callable[..., int]
+METRICS = {
+    prefix + name
+    for prefix in ("", "baseline/untrained/", "baseline/pixels/")
+    for name in ("probe/logreg/top1", "knn/k20/top1")
+}
+
+
+def result_of(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def rows_of(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "pretrain/images_per_second"} for row in rows]
+
+
+def test_a_run_leaves_its_record(scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scclr("train", *TINY) == 0
+    (run,) = run_folders(folder)
+    result = result_of(run)
+    assert set(result["metrics"]) == METRICS
+    assert all(0 <= value <= 1 for value in result["metrics"].values())
+    assert result["metrics"]["probe/logreg/top1"] > 0.5
+    assert {"python", "torch", "git"} <= set(result["versions"])
+    rows = rows_of(run)
+    assert [row["step"] for row in rows] == [2, 3, 4, 6]
+    last = {key.removeprefix("pretrain/") for key in rows[-1]}
+    assert {"loss", "attract", "repel", "alignment", "uniformity", "effective_rank", "lr", "knn"} <= last
+    assert {"gradient/attract", "gradient/repel"} <= last
+    for row in rows:
+        assert math.isclose(row["pretrain/loss"], row["pretrain/attract"] + row["pretrain/repel"], rel_tol=1e-5)
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    assert checkpoint["step"] == 6
+    assert any(name.startswith("encoder.") for name in checkpoint["model"])
+    shown = capsys.readouterr()
+    assert f"{100 * result['metrics']['probe/logreg/top1']:.2f}" in shown.out
+    assert "raw pixels" in shown.out
+    assert "AdamW weights: " in shown.err
+
+    stamp = (run / "result.json").stat().st_mtime_ns
+    assert scclr("train", *TINY) == 0
+    again = capsys.readouterr().out
+    assert "finished before" in again
+    assert f"{100 * result['metrics']['probe/logreg/top1']:.2f}" in again
+    assert (run / "result.json").stat().st_mtime_ns == stamp
+    assert scclr("train", "overwrite=true", *TINY) == 0
+    assert (run / "result.json").stat().st_mtime_ns != stamp
+    assert result_of(run)["metrics"] == result["metrics"]
+    assert rows_of(run) == rows
+
+
+def test_a_sweep_is_resumed_by_typing_it_again(scclr: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import scclr.train as train
+
+    calls = []
+    stage = train.pretrain_stage
+
+    def failing(config, *rest):  # type: ignore[no-untyped-def]
+        calls.append((config.alpha, config.seed))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return stage(config, *rest)
+
+    monkeypatch.setattr(train, "pretrain_stage", failing)
+    line = ["train", "-m", "alpha=0.3,0.7", "seed=0,1", *TINY]
+    assert scclr(*line) == 130
+    assert len(list((folder / "runs").glob("*/*/result.json"))) == 2
+    assert scclr(*line) == 0
+    assert calls == [(0.3, 0), (0.3, 1), (0.7, 0), (0.7, 0), (0.7, 1)]
+    assert scclr(*line) == 0
+    assert len(calls) == 5
+    runs = [result_of(run) for run in run_folders(folder)]
+    assert len({r["run"] for r in runs}) == 4
+    assert len({r["group"] for r in runs}) == 2
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(scclr: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import scclr.train as train
+
+    line = ["train", "pretrain.checkpoint_seconds=0", *TINY]
+    assert scclr(*line, "runs=whole") == 0
+    saves = []
+    save = train.save
+
+    def killed(path: Path, state: dict) -> None:
+        save(path, state)
+        saves.append(state["step"])
+        if saves == [2, 3, 4]:
+            with open(path.parent / "metrics.jsonl", "a") as file:
+                file.write('{"step": 5, "pretrain/loss": 1.0}\n{"step": 6, "pre')  # what a kill can leave
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save", killed)
+    assert scclr(*line, "runs=parts") == 130
+    assert list((folder / "parts").glob("*/*/result.json")) == []
+    assert scclr(*line, "runs=parts") == 0
+    assert saves == [2, 3, 4, 6]
+    (whole,), (parts,) = (list((folder / name / "default").glob("*/")) for name in ("whole", "parts"))
+    assert rows_of(whole) == rows_of(parts)
+    a, b = (torch.load(run / "last.pt", weights_only=True) for run in (whole, parts))
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    assert result_of(whole)["metrics"] == result_of(parts)["metrics"]
+
+
+def test_probing_a_run_again_reproduces_its_numbers(scclr: Run, folder: Path) -> None:
+    assert scclr("train", "seed=3", *TINY) == 0
+    (run,) = run_folders(folder)
+    probing = [word for word in TINY if word.startswith(("dataset", "probe"))]
+    assert scclr("train", "stages=[probe]", f"init_from={run}", "experiment=again", *probing) == 0
+    (again,) = [path for path in run_folders(folder) if path.parent.name == "again"]
+    assert result_of(again)["metrics"] == result_of(run)["metrics"]
+    assert result_of(again)["encoder_sha256"] == result_of(run)["encoder_sha256"]
+    assert "seed3" in again.name
+
+    other = ["dataset.classes=[3,5,8]", f"init_from={run / 'last.pt'}", "experiment=other"]
+    assert scclr("train", "stages=[probe]", *other, *probing) == 0
+    (transfer,) = [path for path in run_folders(folder) if path.parent.name == "other"]
+    assert result_of(transfer)["metrics"] != result_of(run)["metrics"]
+    assert result_of(transfer)["encoder_sha256"] == result_of(run)["encoder_sha256"]
+
+
+def test_pretraining_can_start_from_a_run(scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scclr("train", "stages=[pretrain]", *TINY) == 0
+    (run,) = run_folders(folder)
+    assert scclr("train", f"init_from={run}", "optimizer.lr=1e-12", "experiment=warm", *TINY) == 0
+    (warm,) = [path for path in run_folders(folder) if path.parent.name == "warm"]
+    weights = "encoder.layers.conv.weight"
+    a, b = (torch.load(path / "last.pt", weights_only=True)["model"][weights] for path in (run, warm))
+    assert torch.allclose(a, b, atol=1e-6)
+    capsys.readouterr()
+    assert scclr("train", f"init_from={run}", *TINY, "encoder.widths=[8,17]") == 1
+    assert "do not fit" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    assert scclr("train", *TINY) == 0
+    (run,) = run_folders(folder)
+    before = (run / "last.pt").read_bytes()
+    (run / "result.json").unlink()
+    capsys.readouterr()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert scclr("train", *TINY) == 1
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert (run / "last.pt").read_bytes() == before
+    assert [path.name for path in run.iterdir() if "partial" in path.name] == []
+
+
+def test_two_processes_cannot_share_a_run(scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scclr("train", "stages=[pretrain]", *TINY) == 0
+    (run,) = run_folders(folder)
+    with claimed(run, overwrite=False):
+        assert scclr("train", "stages=[pretrain]", "overwrite=true", *TINY) == 1
+    assert "another process" in capsys.readouterr().err
+
+
+def test_a_failed_point_does_not_stop_the_sweep(scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scclr("train", "-m", "pretrain.batch_size=5000,64", *[w for w in TINY if "batch" not in w]) == 1
+    assert "larger than the 255 images" in capsys.readouterr().err
+    assert len(list((folder / "runs").glob("*/*/result.json"))) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    scclr: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scclr.losses import LossTerms
+    from scclr.losses.balanced import BalancedLoss
+
+    calls = []
+    plain = BalancedLoss.__call__
+
+    def spoiled(self, z1, z2):  # type: ignore[no-untyped-def]
+        calls.append(0)
+        terms = plain(self, z1, z2)
+        return LossTerms(terms.total * float("nan"), *terms[1:]) if len(calls) == 4 else terms
+
+    monkeypatch.setattr(BalancedLoss, "__call__", spoiled)
+    assert scclr("train", *TINY, "pretrain.log_every=100", "pretrain.knn_every=0") == 1
+    assert "not finite at step 3" in capsys.readouterr().err.splitlines()[-1]
