@@ -10,6 +10,7 @@ Dimensions: B images, V = 2 B views, C channels (1 or 3), H x W pixels, S pixels
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -80,60 +81,78 @@ class Augment:
             raise ValueError(f"hue={hue}: give a strength in [0, 0.5]")
         self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
         self.flip, self.rotation = flip, rotation
+        self.moves = crop_scale[0] < 1 or list(crop_ratio) != [1, 1] or flip > 0 or rotation > 0
         self.jitter, self.hue = jitter, hue
-        self.brightness, self.contrast, self.saturation = brightness, contrast, saturation
+        self.strengths = torch.tensor([brightness, contrast, saturation], device="cpu")
         self.grayscale, self.blur, self.blur_sigma, self.solarize = grayscale, blur, blur_sigma, solarize
 
-    def __call__(self, images: Tensor, *, seed: int, step: int) -> Tensor:
-        """Views of ``images`` uint8 [B, C, H, W] as floats in [0, 1], [2B, C, H, W]: first views, then second ones."""
-        random = generator(seed, step, stream=1)
-        views = images.float().div_(255).repeat(2, 1, 1, 1)  # [2B, C, H, W]
-        views = self._geometry(views, random)
-        views = self._colour(views, random)
-        return self._blur_and_solarize(views, random)
+    def __call__(self, images: Tensor, *, seed: int, step: int, first: int = 0, total: int | None = None) -> Tensor:
+        """Views of ``images`` uint8 [B, C, H, W] as floats in [0, 1], [2B, C, H, W]: first views, then second ones.
 
-    def _geometry(self, x: Tensor, random: torch.Generator) -> Tensor:
-        n, _, height, width = x.shape
-        box = crop_boxes(n, height, width, self.crop_scale, self.crop_ratio, random)  # top, left, height, width
-        flipped = torch.rand(n, generator=random) < self.flip
-        degrees = (2 * torch.rand(n, generator=random) - 1) * self.rotation
-        whole = self.crop_scale[0] == 1 and self.crop_ratio == [1, 1]
-        if whole and self.flip == 0 and self.rotation == 0:
-            return x
-        return resample(x, box, flipped, degrees)
+        ``images`` may be a part of the step's batch, from its image ``first`` on, of ``total`` images: the views are
+        those that the whole batch would have got.
+        """
+        n, total = len(images), total or len(images)
+        height, width = images.shape[-2:]
+        draws = self.draw(2 * total, height, width, generator(seed, step, stream=1))
+        if n < total:
+            mine = torch.arange(first, first + n)
+            draws = Draws(*(values[torch.cat([mine, total + mine])] for values in draws))
+        x = images.float().div_(255).repeat(2, 1, 1, 1)  # [2B, C, H, W]
+        if self.moves:
+            x = resample(x, draws.box, draws.flipped, draws.degrees)
+        return self._filter(self._colour(x, draws), draws)
 
-    def _colour(self, x: Tensor, random: torch.Generator) -> Tensor:
-        n, channels = x.shape[:2]
-        jittered = torch.rand(n, generator=random) < self.jitter
-        order = torch.rand(n, 4, generator=random).argsort(1)  # which operation comes when
-        unit = torch.rand(4, n, generator=random)
-        strengths = torch.tensor([self.brightness, self.contrast, self.saturation]).unsqueeze(1)
-        low = (1 - strengths).clamp_min(0)
-        factors = torch.cat([low + unit[:3] * (1 + strengths - low), (2 * unit[3:] - 1) * self.hue])  # [4, V]
-        grey = torch.rand(n, generator=random) < self.grayscale
-        operations: list[tuple[float, Callable[[Tensor, Tensor], Tensor]]] = [
-            (self.brightness, adjust_brightness),
-            (self.contrast, adjust_contrast),
-        ]
-        if channels == 3:  # on a grey image the others are the identity, as in torchvision
-            operations += [(self.saturation, adjust_saturation), (self.hue, adjust_hue)]
+    def draw(self, n: int, height: int, width: int, random: torch.Generator) -> "Draws":
+        """The parameters of ``n`` views."""
+        low = (1 - self.strengths).clamp_min(0)
+        unit = torch.rand(n, 4, generator=random)
+        sigma_low, sigma_high = self.blur_sigma
+        return Draws(
+            box=crop_boxes(n, height, width, self.crop_scale, self.crop_ratio, random),
+            flipped=torch.rand(n, generator=random) < self.flip,
+            degrees=(2 * torch.rand(n, generator=random) - 1) * self.rotation,
+            jittered=torch.rand(n, generator=random) < self.jitter,
+            turn=torch.rand(n, 4, generator=random).argsort(1),
+            factors=torch.cat([low + unit[:, :3] * (1 + self.strengths - low), (2 * unit[:, 3:] - 1) * self.hue], 1),
+            grey=torch.rand(n, generator=random) < self.grayscale,
+            blurred=torch.rand(n, generator=random) < self.blur,
+            sigma=sigma_low + torch.rand(n, generator=random) * (sigma_high - sigma_low),
+            inverted=torch.rand(n, generator=random) < self.solarize,
+        )
+
+    def _colour(self, x: Tensor, draws: "Draws") -> Tensor:
+        operations: list[Callable[[Tensor, Tensor], Tensor]] = [adjust_brightness, adjust_contrast]
+        if x.shape[1] == 3:  # on a grey image the others are the identity, as in torchvision
+            operations += [adjust_saturation, adjust_hue]
         for turn in range(4):
-            for kind, (strength, operation) in enumerate(operations):
-                if strength > 0:
-                    x = _apply(x, jittered & (order[:, turn] == kind), operation, factors[kind])
-        if channels == 3:
-            x = _apply(x, grey, lambda part: to_grey(part).expand_as(part))
+            for kind, operation in enumerate(operations):
+                if (kind == 3 and self.hue > 0) or (kind < 3 and self.strengths[kind] > 0):
+                    chosen = draws.jittered & (draws.turn[:, turn] == kind)
+                    x = _apply(x, chosen, operation, draws.factors[:, kind])
+        if x.shape[1] == 3:
+            x = _apply(x, draws.grey, lambda part: to_grey(part).expand_as(part))
         return x
 
-    def _blur_and_solarize(self, x: Tensor, random: torch.Generator) -> Tensor:
-        n, side = len(x), min(x.shape[-2:])
-        blurred = torch.rand(n, generator=random) < self.blur
-        low, high = self.blur_sigma
-        sigma = low + torch.rand(n, generator=random) * (high - low)
-        inverted = torch.rand(n, generator=random) < self.solarize
-        size = max(3, 2 * (side // 20) + 1)  # odd
-        x = _apply(x, blurred, lambda part, s: gaussian_blur(part, s, size), sigma)
-        return _apply(x, inverted, lambda part: torch.where(part >= 0.5, 1 - part, part))
+    def _filter(self, x: Tensor, draws: "Draws") -> Tensor:
+        size = max(3, 2 * (min(x.shape[-2:]) // 20) + 1)  # odd
+        x = _apply(x, draws.blurred, lambda part, sigma: gaussian_blur(part, sigma, size), draws.sigma)
+        return _apply(x, draws.inverted, lambda part: torch.where(part >= 0.5, 1 - part, part))
+
+
+class Draws(NamedTuple):
+    """The random parameters of V views, on the CPU, a row a view."""
+
+    box: Tensor  # [V, 4] top, left, height, width
+    flipped: Tensor  # bool [V], as are the others of this kind
+    degrees: Tensor  # [V]
+    jittered: Tensor
+    turn: Tensor  # [V, 4]: which colour operation comes when
+    factors: Tensor  # [V, 4]: of brightness, contrast, saturation, hue
+    grey: Tensor
+    blurred: Tensor
+    sigma: Tensor  # [V]
+    inverted: Tensor
 
 
 def _apply(x: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:

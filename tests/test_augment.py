@@ -176,3 +176,12 @@ def test_digits_are_turned_and_never_flipped() -> None:
 def test_bad_arguments(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**changes)
+
+
+def test_a_part_of_a_batch_gets_the_views_of_the_whole() -> None:
+    augment = make(crop_scale=[0.2, 1.0], flip=0.5, jitter=0.8, brightness=0.4, hue=0.1, blur=0.5, solarize=0.3)
+    images = pictures(6)
+    whole = augment(images, seed=0, step=3)
+    for first, last in ((0, 2), (2, 5), (5, 6)):
+        part = augment(images[first:last], seed=0, step=3, first=first, total=6)
+        torch.testing.assert_close(part, torch.cat([whole[first:last], whole[6 + first : 6 + last]]))
