@@ -155,7 +155,7 @@ def top1(x: Tensor, y: Tensor, weights: Tensor) -> float:
 def knn_top1(
     bank: Tensor, y_bank: Tensor, queries: Tensor, y: Tensor, classes: int, *, k: int, temperature: float
 ) -> float:
-    """Accuracy of k nearest neighbours by cosine, votes weighted exp(cosine / temperature) (Wu et al. 2018, sec. 3.4)."""
+    """Accuracy of k nearest neighbours by cosine, votes weighted exp(cosine / temperature) (Wu et al. 2018, 3.4)."""
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     hits = torch.zeros((), dtype=torch.int64, device=bank.device)
     for part, truth in zip(queries.split(1024), y.split(1024), strict=True):
