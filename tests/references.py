@@ -18,11 +18,11 @@ def anchors(views: list[Tensor]) -> tuple[list[Tensor], list[int]]:
 
 
 def mean(values: list[Tensor]) -> Tensor:
-    return torch.stack(values).sum() / len(values)
+    return torch.stack(values).sum(0) / len(values)
 
 
 def log_sum_exp(logits: list[Tensor]) -> Tensor:
-    top = max(float(logit) for logit in logits)
+    top = max(logit.item() for logit in logits)
     return top + torch.stack([(logit - top).exp() for logit in logits]).sum().log()
 
 

@@ -53,16 +53,15 @@ class BalancedLoss(Loss):
 
     def terms(self, anchors: Anchors) -> LossTerms:
         positives = anchors.positives() / self.temperature  # [V - 1, VB]
-        attract = -positives.mean(0)  # [VB]
         repel = anchors.repel(self.temperature, unit=self.similarity == "cosine")  # [VB]
-        terms = balance(self.alpha, attract.mean(), repel.mean())
+        terms = balance(self.alpha, -positives.mean(), repel.mean())
         if self.rescale == "attract":
             return terms._replace(total=terms.total / (2 * self.alpha))
         if self.rescale == "constant_force":
             share = (positives - repel).detach().exp()  # [V - 1, VB], softmax of the positives
             scale = _force(0.5, share) / _force(self.alpha, share)
-            total = 2 * (scale * (self.alpha * attract + (1 - self.alpha) * repel)).mean()
-            return terms._replace(total=total)
+            each = (1 - self.alpha) * repel - self.alpha * positives.mean(0)  # [VB]
+            return terms._replace(total=2 * (scale * each).mean())
         return terms
 
 

@@ -18,6 +18,6 @@ class NTXentLoss(Loss):
         self.temperature = temperature
 
     def terms(self, anchors: Anchors) -> LossTerms:
-        attract = -anchors.positives().mean() / self.temperature
+        attract = -(anchors.positives() / self.temperature).mean()
         repel = anchors.repel(self.temperature).mean()
         return LossTerms(attract + repel, attract, repel)

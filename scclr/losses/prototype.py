@@ -7,6 +7,8 @@ from torch import Tensor
 
 from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive
 
+Prototypes = tuple[Tensor, Tensor]  # class means [C, P], and which classes have one, bool [C]
+
 
 class PrototypeLoss(Loss):
     """total = 2 (alpha A + (1 - alpha) R), the supervised objective of Lee (TMLR 2025, arXiv 2510.10572) over tau.
@@ -28,8 +30,6 @@ class PrototypeLoss(Loss):
     """
 
     supervised = True
-    running: Tensor
-    seen: Tensor
 
     def __init__(self, *, alpha: float, temperature: float, repulsion: str, momentum: float, classes: int) -> None:
         super().__init__()
@@ -43,8 +43,7 @@ class PrototypeLoss(Loss):
             raise ValueError(f"classes={classes}: a supervised objective needs two or more")
         self.alpha, self.temperature, self.repulsion = alpha, temperature, repulsion
         self.momentum, self.classes = momentum, classes
-        self.register_buffer("running", torch.zeros(0))  # [C, P] after the first update
-        self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
+        self.running: Prototypes | None = None  # until the first update
 
     def terms(self, anchors: Anchors) -> LossTerms:
         label = anchors.label  # [VG]
@@ -61,15 +60,21 @@ class PrototypeLoss(Loss):
         """Move the running means towards those of the views [G, P] and labels [G] of all processes."""
         if self.momentum > 0:
             anchors = Anchors(views, labels)
-            self.running, self.seen = self._prototypes(anchors.z, anchors.label)
+            self.running = self._prototypes(anchors.z, anchors.label)
 
-    def _prototypes(self, z: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Class means [C, P] and which classes have one [C]."""
+    def get_extra_state(self) -> Prototypes | None:
+        return self.running
+
+    def set_extra_state(self, state: Prototypes | None) -> None:
+        self.running = state
+
+    def _prototypes(self, z: Tensor, label: Tensor) -> Prototypes:
         counts = torch.zeros(self.classes, dtype=z.dtype, device=z.device).index_add(0, label, torch.ones_like(z[:, 0]))
         sums = z.new_zeros(self.classes, z.shape[1]).index_add(0, label, z)
         means, here = sums / counts.clamp(min=1).unsqueeze(1), counts > 0
-        if self.momentum == 0 or len(self.running) == 0:
+        if self.running is None:
             return means, here
-        mixed = self.momentum * self.running + (1 - self.momentum) * means
-        both = (here & self.seen).unsqueeze(1)
-        return torch.where(both, mixed, torch.where(here.unsqueeze(1), means, self.running)), here | self.seen
+        running, seen = self.running
+        mixed = self.momentum * running + (1 - self.momentum) * means
+        new, old = here.unsqueeze(1), seen.unsqueeze(1)
+        return torch.where(new & old, mixed, torch.where(new, means, running)), here | seen
