@@ -140,7 +140,9 @@ def sigmoid(views, scale, bias) -> Terms:
             for k in images
         }
         attract.append(torch.stack([losses[i, i] for i in images]).sum() / len(images))
-        repel.append(torch.stack([x for (i, k), x in losses.items() if i != k] or [attract[-1] * 0]).sum() / len(images))
+        repel.append(
+            torch.stack([x for (i, k), x in losses.items() if i != k] or [attract[-1] * 0]).sum() / len(images)
+        )
     return mean(attract), mean(repel)
 
 

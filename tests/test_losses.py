@@ -8,6 +8,7 @@ import pytest
 import references
 import torch
 import torch.nn.functional as F
+from allocations import Largest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -126,11 +127,21 @@ def test_many_tiles(name, monkeypatch):
     views, labels = unit_views(2, images=60), torch.arange(60) % 4
     loss = make(name, 0.4)
     expected = [*loss(*views, labels=labels), gradient(lambda *v: loss(*v, labels=labels).total, views)]
-    monkeypatch.setitem(row_logsumexp.__kwdefaults__, "tile", 7)
-    monkeypatch.setattr("scclr.losses.sigmoid.TILE", 7)
+    for module in ("pairs", "sigmoid"):
+        monkeypatch.setattr(f"scclr.losses.{module}.tile_of", lambda device: 7)
     found = [*loss(*views, labels=labels), gradient(lambda *v: loss(*v, labels=labels).total, views)]
     for a, b in zip(found, expected, strict=True):
         close(a, b)
+
+
+@every_loss
+def test_memory_is_linear(name, monkeypatch):
+    for module in ("pairs", "sigmoid"):
+        monkeypatch.setattr(f"scclr.losses.{module}.tile_of", lambda device: 16)
+    views = [view.requires_grad_() for view in unit_views(2, images=100)]
+    with Largest() as largest:
+        make(name)(*views, labels=torch.arange(100) % 4).total.backward()
+    assert largest.elements == 200 * 4  # the embeddings; never 200 * 200 or 100 * 100
 
 
 @every_loss
@@ -254,7 +265,7 @@ def test_bad_shapes(name):
     for views in ([z1], [z1, z2[:3]], [z1[0], z2[0]], [z1[:0], z2[:0]]):
         with pytest.raises(ValueError, match="views have shapes"):
             loss(*views, labels=LABELS)
-    with pytest.raises(ValueError, match="keys.start=4: 2 images from there do not fit among 5"):
+    with pytest.raises(ValueError, match=r"keys\.start=4: 2 images from there do not fit among 5"):
         loss(z1[:2], z2[:2], labels=LABELS[:2], keys=Keys((z1, z2), LABELS, 4))
     with pytest.raises(ValueError, match=r"keys.views must be 2 of one shape \[G, 4\]"):
         loss(z1, z2, labels=LABELS, keys=Keys((z1,), LABELS, 0))
@@ -271,7 +282,7 @@ def test_labels(name):
     for labels in (LABELS[:3], LABELS.double()):
         with pytest.raises(ValueError, match=r"labels are .*: give int64 \[5\]"):
             loss(*views, labels=labels)
-    with pytest.raises(ValueError, match="a supervised loss needs keys.labels"):
+    with pytest.raises(ValueError, match=r"a supervised loss needs keys\.labels"):
         loss(*views, labels=LABELS, keys=Keys(tuple(views), None, 0))
 
 
@@ -369,7 +380,9 @@ def test_gradient_in_closed_form(temperature, seed, alpha):
     close(by_similarity.sum(1), [2 / temperature * (1 - 2 * alpha) / 10] * 10)
 
     direction, step = torch.randn(10, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), 1e-5
-    ahead, behind = (balanced(alpha, temperature, list((torch.cat(views) + s * direction).chunk(2))) for s in (step, -step))
+    ahead, behind = (
+        balanced(alpha, temperature, list((torch.cat(views) + s * direction).chunk(2))) for s in (step, -step)
+    )
     slope = (found * direction).sum()
     assert abs((ahead - behind) / (2 * step) - slope) <= 1e-7 * (1 + abs(slope))
 
@@ -610,9 +623,9 @@ def test_supcon_exceeds_simclr_by_the_prototype_bias(alpha, temperature, seed, c
     z = torch.stack(views)  # [V, B, P]
     within = (z.sum(0).square().sum(1) - count).mean() / (count * (count - 1))  # E <F, F'> of one image
     mean = z.mean(0)  # [B, P]
-    across = torch.stack([
-        (mean[labels == c].sum(0).square().sum() - mean[labels == c].square().sum()) / (each * (each - 1)) for c in (0, 1)
-    ]).mean()  # fmt: skip
+    members = [mean[labels == c] for c in (0, 1)]
+    pairs = torch.stack([one.sum(0).square().sum() - one.square().sum() for one in members])
+    across = pairs.mean() / (each * (each - 1))  # E <F, F'> of two images of one class
     share = count * (each - 1) / (count * each - 1)
     difference = (
         SupConLoss(alpha=alpha, temperature=temperature)(*views, labels=labels).total

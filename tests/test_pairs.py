@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import Largest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from scclr.losses.pairs import dense_logsumexp, row_logsumexp
 
@@ -56,7 +56,11 @@ def test_square(n, tile, tau, seed):
 
 @few
 @given(
-    n=st.integers(1, 9), m=st.integers(1, 12), tile=st.sampled_from([1, 2, 5, 30]), tau=temperatures, seed=st.integers(0, 9)
+    n=st.integers(1, 9),
+    m=st.integers(1, 12),
+    tile=st.sampled_from([1, 2, 5, 30]),
+    tau=temperatures,
+    seed=st.integers(0, 9),
 )
 def test_rectangle(n, m, tile, tau, seed):
     z, keys = unit(n, 3, seed=seed), unit(m, 3, seed=seed + 1)
@@ -168,20 +172,6 @@ def test_a_row_without_keys_is_minus_infinity():
     z = unit(4, 3)
     rows = row_logsumexp(z, 0.5, ids=torch.zeros(4, dtype=torch.int64))
     assert torch.equal(rows, torch.full((4,), -math.inf, dtype=torch.float64))
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor, in elements, that any operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = [x for x in (out if isinstance(out, list | tuple) else [out]) if isinstance(x, Tensor)]
-        self.elements = max([self.elements, *(x.numel() for x in tensors)])
-        return out
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.5])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive
-from scclr.losses.pairs import TILE, full_precision
+from scclr.losses.pairs import full_precision, tile_of
 
 
 class SigmoidLoss(Loss):
@@ -35,14 +35,14 @@ class SigmoidLoss(Loss):
         self.alpha, self.scale, self.bias = alpha, scale, bias
 
     def terms(self, anchors: Anchors) -> LossTerms:
-        repel = []
+        repel, tile = [], tile_of(anchors.z.device)
         images = anchors.view[: anchors.images]  # [G]
         mine = anchors.place[: len(anchors.here[0])]  # [B]
         for v, w in combinations(range(len(anchors.here)), 2):
             tiles = [
                 checkpoint(self._sum, *rows, *columns, use_reentrant=False, preserve_rng_state=False)
-                for rows in zip(anchors.here[v].split(TILE), mine.split(TILE), strict=True)
-                for columns in zip(anchors.there[w].split(TILE), images.split(TILE), strict=True)
+                for rows in zip(anchors.here[v].split(tile), mine.split(tile), strict=True)
+                for columns in zip(anchors.there[w].split(tile), images.split(tile), strict=True)
             ]
             repel.append(torch.stack(tiles).sum() / len(mine))
         attract = F.softplus(-(self.scale * anchors.positives() + self.bias)).mean()
