@@ -127,6 +127,17 @@ def test_autocast_changes_nothing(tau):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_autocast_changes_no_second_derivative():
+    def first(z: Tensor) -> Tensor:
+        return torch.autograd.grad(row_logsumexp(z, 0.5).sum(), z, create_graph=True)[0].square().sum()
+
+    z = unit(20, 8, dtype=torch.float32).requires_grad_()
+    expected = torch.autograd.grad(first(z), z)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        squares = first(z)
+    assert torch.equal(torch.autograd.grad(squares, z)[0], expected)
+
+
 def test_long_rows_need_the_running_maximum():
     z = 30 * unit(20, 4, dtype=torch.float32)  # logits up to 900
     found = value_and_gradients(lambda z: row_logsumexp(z, 1.0, tile=7, unit=False), z)

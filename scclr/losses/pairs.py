@@ -64,19 +64,19 @@ def row_logsumexp(
         ids, key_ids: int64 [N] and [M]; pairs with equal ids are left out. Without ``keys``, ``ids`` serves both.
         unit: the rows of ``z`` and ``keys`` have length at most one.
     """
-    with full_precision(z.device):
-        z, keys = widen(z), None if keys is None else widen(keys)
-        reach = math.inf if isinstance(temperature, Tensor) or not unit else 1 / temperature
-        plain = reach <= math.log(torch.finfo(z.dtype).max) / 2
-        # Scaled rows make the logits, and the temperature's gradient, at the cost of one [N, P] pass.
-        rows = z / (temperature if keys is not None else temperature**0.5)
-        pair_ids = None if ids is None else (ids, ids if key_ids is None else key_ids)
-        return _LogSumExp.apply(rows, keys, pair_ids, plain, tile or tile_of(z.device))
+    z, keys = widen(z), None if keys is None else widen(keys)
+    reach = math.inf if isinstance(temperature, Tensor) or not unit else 1 / temperature
+    plain = reach <= math.log(torch.finfo(z.dtype).max) / 2
+    # Scaled rows make the logits, and the temperature's gradient, at the cost of one [N, P] pass.
+    rows = z / (temperature if keys is not None else temperature**0.5)
+    pair_ids = None if ids is None else (ids, ids if key_ids is None else key_ids)
+    return _LogSumExp.apply(rows, keys, pair_ids, plain, tile or tile_of(z.device))
 
 
 def dense_logsumexp(rows: Tensor, keys: Tensor | None, ids: Ids) -> Tensor:
     """The same in O(N M) memory, by automatic differentiation."""
-    logits = rows @ (rows if keys is None else keys).T  # [N, M]
+    with full_precision(rows.device):
+        logits = rows @ (rows if keys is None else keys).T  # [N, M]
     if keys is None:
         self_pair = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
         logits = logits.masked_fill(self_pair, -math.inf)
@@ -101,7 +101,7 @@ class _Tiles:
             for b in range(a if self.symmetric else 0, m, t):
                 j = slice(b, min(b + t, m))
                 logits = self.buffer[: (i.stop - a) * (j.stop - b)].view(i.stop - a, j.stop - b)
-                torch.mm(self.rows[i], self.keys[j].T, out=logits)
+                torch.mm(self.rows[i], self.keys[j].T, out=logits)  # out= and in-place products ignore autocast
                 if self.symmetric and a == b:
                     logits.fill_diagonal_(-math.inf)
                 if self.ids is not None:
@@ -134,14 +134,14 @@ class _LogSumExp(torch.autograd.Function):
         rows, keys, _ = ctx.saved_tensors
         to_rows: Tensor | None
         to_keys: Tensor | None
-        with full_precision(rows.device):
-            if torch.is_grad_enabled():  # the caller asked for a gradient that can be differentiated again
-                needed = [x for x, need in zip((rows, keys), ctx.needs_input_grad, strict=False) if need]
+        if torch.is_grad_enabled():  # the caller asked for a gradient that can be differentiated again
+            needed = [x for x, need in zip((rows, keys), ctx.needs_input_grad, strict=False) if need]
+            with full_precision(rows.device):
                 found = list(torch.autograd.grad(dense_logsumexp(rows, keys, ctx.ids), needed, w, create_graph=True))
-                to_rows, to_keys = (found.pop(0) if need else None for need in ctx.needs_input_grad[:2])
-            else:
-                to_rows, to_keys = torch.zeros_like(rows), None if keys is None else torch.zeros_like(keys)
-                _accumulate(to_rows, to_rows if to_keys is None else to_keys, ctx, w)
+            to_rows, to_keys = (found.pop(0) if need else None for need in ctx.needs_input_grad[:2])
+        else:
+            to_rows, to_keys = torch.zeros_like(rows), None if keys is None else torch.zeros_like(keys)
+            _accumulate(to_rows, to_rows if to_keys is None else to_keys, ctx, w)
         return to_rows, to_keys, None, None, None
 
 

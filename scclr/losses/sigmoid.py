@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive
-from scclr.losses.pairs import full_precision, tile_of
+from scclr.losses.pairs import tile_of
 
 
 class SigmoidLoss(Loss):
@@ -50,6 +50,5 @@ class SigmoidLoss(Loss):
 
     def _sum(self, rows: Tensor, images: Tensor, keys: Tensor, key_images: Tensor) -> Tensor:
         """Of one tile, which the backward pass computes again rather than keep."""
-        with full_precision(rows.device):
-            logits = self.scale * (rows @ keys.T) + self.bias
-            return F.softplus(logits.masked_fill(images.unsqueeze(1) == key_images, -math.inf)).sum()
+        logits = self.scale * (rows @ keys.T) + self.bias
+        return F.softplus(logits.masked_fill(images.unsqueeze(1) == key_images, -math.inf)).sum()
