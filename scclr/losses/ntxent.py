@@ -1,25 +1,23 @@
 """NT-Xent, the loss of SimCLR."""
 
-from torch import Tensor
-
-from scclr.losses import LossTerms
-from scclr.losses.pairs import attract_repel, check_temperature
+from scclr.losses import Anchors, Loss, LossTerms, check_positive
 
 
-class NTXentLoss:
-    """total = A + R: cross-entropy of picking the positive among 2B - 1 views (Chen et al. 2020, eq. 1).
+class NTXentLoss(Loss):
+    """total = A + R: cross-entropy of picking the positive among the other N - 1 views (Chen et al. 2020, eq. 1).
 
-    Equal, value and gradient, to ``BalancedLoss(alpha=0.5)``.
+    Equal, value and gradient, to ``BalancedLoss(alpha=0.5)``. With V > 2 views, A is a mean over V - 1 positives.
 
     Raises:
         ValueError: a temperature that is not positive.
     """
 
     def __init__(self, *, temperature: float) -> None:
-        check_temperature(temperature)
+        super().__init__()
+        check_positive(temperature=temperature)
         self.temperature = temperature
 
-    def __call__(self, z1: Tensor, z2: Tensor) -> LossTerms:
-        """Terms of unit rows ``z1``, ``z2`` [B, P]; nats."""
-        attract, repel = attract_repel(z1, z2, self.temperature)
+    def terms(self, anchors: Anchors) -> LossTerms:
+        attract = -(anchors.positives() / self.temperature).mean()
+        repel = anchors.repel(self.temperature).mean()
         return LossTerms(attract + repel, attract, repel)

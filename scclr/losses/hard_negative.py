@@ -1,0 +1,44 @@
+"""The hard-negative loss: negatives weighted by how similar they are, and corrected for their class."""
+
+import math
+
+import torch
+
+from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive
+from scclr.losses.debiased import check_prior, true_negatives
+
+
+class HardNegativeLoss(Loss):
+    """total = 2 (alpha A + (1 - alpha) R) (Robinson et al. 2021; alpha = 0.5 is theirs).
+
+    The debiased loss with the mean over K negatives replaced by one that leans to the similar ones,
+
+        sum_k exp((1 + hardness) s_ik / tau) / sum_k exp(hardness s_ik / tau);    hardness = 0 is the debiased loss.
+
+    Raises:
+        ValueError: alpha outside [0, 1], a temperature that is not positive, a negative hardness, or a class_prior
+            outside [0, 1); on call, a batch of one image.
+    """
+
+    least_images = 2
+
+    def __init__(self, *, alpha: float, temperature: float, class_prior: float, hardness: float) -> None:
+        super().__init__()
+        check_alpha(alpha)
+        check_positive(temperature=temperature)
+        check_prior(class_prior)
+        if not 0 <= hardness < math.inf:
+            raise ValueError(f"hardness={hardness}: give a number from 0")
+        self.alpha, self.temperature, self.class_prior, self.hardness = alpha, temperature, class_prior, hardness
+
+    def terms(self, anchors: Anchors) -> LossTerms:
+        log_others = math.log((anchors.images - 1) * len(anchors.here))
+        positives = anchors.positives() / self.temperature  # [V - 1, VB]
+        mean = anchors.repel(self.temperature / (1 + self.hardness), anchors.image)  # [VB]
+        if self.hardness > 0:
+            mean = mean - anchors.repel(self.temperature / self.hardness, anchors.image)
+        else:
+            mean = mean - log_others
+        negatives = true_negatives(mean, positives, self.class_prior, self.temperature)  # [V - 1, VB]
+        repel = torch.logaddexp(positives, negatives + log_others)
+        return balance(self.alpha, -positives.mean(), repel.mean())

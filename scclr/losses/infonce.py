@@ -1,0 +1,38 @@
+"""InfoNCE across views, whose value bounds mutual information."""
+
+from itertools import product
+
+import torch
+
+from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive
+from scclr.losses.pairs import row_logsumexp
+
+
+class InfoNCELoss(Loss):
+    """total = 2 (alpha A + (1 - alpha) R); alpha = 0.5 is the loss of van den Oord et al. (2018, eq. 4).
+
+    A = mean -<z_v, z_w> / tau of one image;    R = mean log sum_k exp(<z_v, z_wk> / tau), k all images in view w
+
+    over ordered pairs of views v and w.
+
+    The denominator holds the positive and one view of each other image. So at alpha = 0.5, log(images) - total is a
+    lower bound of the mutual information of two views, in nats; with NT-Xent's denominator it is not one.
+
+    Raises:
+        ValueError: alpha outside [0, 1], or a temperature that is not positive.
+    """
+
+    def __init__(self, *, alpha: float, temperature: float) -> None:
+        super().__init__()
+        check_alpha(alpha)
+        check_positive(temperature=temperature)
+        self.alpha, self.temperature = alpha, temperature
+
+    def terms(self, anchors: Anchors) -> LossTerms:
+        repel = [
+            row_logsumexp(z, self.temperature, keys=keys)  # [B]
+            for (v, z), (w, keys) in product(enumerate(anchors.here), enumerate(anchors.there))
+            if v != w
+        ]
+        attract = -anchors.positives().mean() / self.temperature
+        return balance(self.alpha, attract, torch.stack(repel).mean())
