@@ -15,29 +15,18 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
 Ids = tuple[Tensor, Tensor] | None  # of rows [N] and keys [M]
 
 
-<<<<<<< HEAD
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off, where ``device`` has any."""
-=======
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off, on devices that have it."""
->>>>>>> ec23126a963795c1b169c0b231a33eed766bc532
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
-<<<<<<< HEAD
-def attract_repel(z1: Tensor, z2: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(A, R) of NT-Xent (Chen et al. 2020, eq. 1), each a mean over the 2B views as anchors.
-=======
 def tile_of(device: torch.device) -> int:
     """Side of a tile by default: on a CPU, what stays in a core's cache; elsewhere, what is worth a kernel launch.
 
@@ -69,26 +58,12 @@ def row_logsumexp(
     range holds it (temperature >= 0.023 in float32: neither overflow nor underflow for any number of rows), else
     relative to a running maximum, at about twice the cost. A ``temperature`` that is a tensor is differentiated, and
     takes the second way, since its value is not known to the host. A second derivative takes O(N M) memory.
->>>>>>> ec23126a963795c1b169c0b231a33eed766bc532
 
     Args:
         z: rows [N, P]. bfloat16 and float16 are computed in float32.
         ids, key_ids: int64 [N] and [M]; pairs with equal ids are left out. Without ``keys``, ``ids`` serves both.
         unit: the rows of ``z`` and ``keys`` have length at most one.
     """
-<<<<<<< HEAD
-    if z1.shape != z2.shape or z1.ndim != 2 or len(z1) == 0:
-        raise ValueError(f"z1 and z2 must have one shape [B, P] with B >= 1, not {list(z1.shape)} and {list(z2.shape)}")
-    z = torch.cat([z1, z2])  # [2B, P]
-    z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
-    with full_precision(z.device):
-        first, second = z.chunk(2)
-        attract = -(first * second).sum(1).mean() / temperature  # s_{i,p} = s_{p,i}: B values serve 2B anchors
-        logits = (z @ z.T) / temperature  # [2B, 2B]
-        self_pair = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        repel = logits.masked_fill(self_pair, float("-inf")).logsumexp(1).mean()
-    return attract, repel
-=======
     z, keys = widen(z), None if keys is None else widen(keys)
     reach = math.inf if isinstance(temperature, Tensor) or not unit else 1 / temperature
     plain = reach <= math.log(torch.finfo(z.dtype).max) / 2
@@ -187,4 +162,3 @@ def _accumulate(to_rows: Tensor, to_keys: Tensor, ctx: Any, w: Tensor) -> None:
         to_rows[i].addmm_(tile, tiles.keys[j])
         if mirror or not tiles.symmetric:
             to_keys[j].addmm_(tile.T, rows[i])
->>>>>>> ec23126a963795c1b169c0b231a33eed766bc532
