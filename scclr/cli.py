@@ -91,10 +91,15 @@ def train(argv: list[str]) -> None:
         print(train_help())
         return
     flags, overrides = split(argv)
+    sweep = "-m" in flags or "--multirun" in flags
+    if sweep and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from scclr.config import UserError
+
+        raise UserError("a sweep cannot run inside torchrun: start torchrun once for each point")
     overrides = name_experiment(overrides)
     check_choices(overrides)
     if not any(flag in SHOWS_ONLY for flag in flags):
-        check_points(overrides, sweep="-m" in flags or "--multirun" in flags)
+        check_points(overrides, sweep=sweep)
 
     from scclr.train import main as job
 

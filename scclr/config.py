@@ -24,7 +24,18 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 STAGES = ("pretrain", "probe")
 COMPONENTS = ("dataset", "augment", "encoder", "loss", "optimizer")
 # What a run with stages=[probe] takes from the checkpoint that it evaluates.
-ADOPTED = ("alpha", "seed", "augment", "encoder", "projector", "loss", "optimizer", "pretrain")
+ADOPTED = (
+    "alpha",
+    "alpha_schedule",
+    "alpha_end",
+    "seed",
+    "augment",
+    "encoder",
+    "projector",
+    "loss",
+    "optimizer",
+    "pretrain",
+)
 # What may differ between two invocations of the same experiment: where files lie, on what it runs, who watches.
 VOLATILE = ("device", "runs", "experiment", "overwrite", "tracking")
 
@@ -66,6 +77,7 @@ class ProjectorConfig:
     hidden_dim: int = MISSING
     out_dim: int = MISSING
     batch_norm: bool = MISSING  # after every hidden layer
+    normalize: bool = MISSING  # embeddings to unit length; false goes with loss.similarity=dot
 
     def __post_init__(self) -> None:
         require_least("projector", self, depth=0, hidden_dim=1, out_dim=1)
@@ -76,7 +88,8 @@ class PretrainConfig:
     """The pretraining loop's numbers."""
 
     epochs: int = MISSING
-    batch_size: int = MISSING  # images in a step; each gives two views
+    batch_size: int = MISSING  # images in a step, of all processes together; each gives two views
+    micro_batch: int | None = None  # at most this many images in the encoder at once, at the same gradient
     warmup_epochs: float = MISSING
     precision: str = MISSING  # auto | fp32 | bf16 | fp16; the loss is always computed in float32
     channels_last: bool = MISSING
@@ -89,6 +102,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         require_least("pretrain", self, epochs=1, batch_size=2, warmup_epochs=0)
         require_least("pretrain", self, log_every=1, knn_every=0, knn_images=1, checkpoint_seconds=0)
+        if self.micro_batch is not None:
+            require_least("pretrain", self, micro_batch=1)
         warmup, epochs = self.warmup_epochs, self.epochs
         require(warmup <= epochs, f"pretrain.warmup_epochs={warmup}: give at most pretrain.epochs={epochs}")
         require_choice("pretrain.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
@@ -129,6 +144,10 @@ class TrainConfig:
     alpha: float | None = field(
         default=None, metadata={"help": "balance in [0, 1]: total = 2 (alpha attraction + (1 - alpha) repulsion)"}
     )
+    alpha_schedule: str = field(
+        default=MISSING, metadata={"help": "constant | linear | cosine: from alpha to alpha_end over the training"}
+    )
+    alpha_end: float | None = field(default=None, metadata={"help": "balance at the end of an alpha_schedule"})
     seed: int = field(default=MISSING, metadata={"help": "initialisation, order of images and augmentation"})
     device: str = field(default=MISSING, metadata={"help": "auto | cpu | cuda"})
     stages: list[str] = field(default=MISSING, metadata={"help": "[pretrain,probe], or a part of it"})
@@ -162,20 +181,35 @@ class TrainConfig:
             f"experiment={self.experiment}: give a plain folder name",
         )
         self._check_alpha()
+        advice = "type loss=balanced loss.similarity=dot alpha=0.5"
+        dot = self.loss.get("similarity") == "dot"
+        require(
+            self.projector.normalize or dot, f"projector.normalize=false needs a loss for rows of any length: {advice}"
+        )
 
     def _check_alpha(self) -> None:
         loss = self.loss_name
         if "alpha" not in self.loss:
-            require(
-                self.alpha is None,
-                f"loss={loss} has no balance, so alpha={self.alpha} would be ignored: "
-                f"drop it, or type loss=balanced alpha={self.alpha}",
-            )
+            given = {"alpha": self.alpha, "alpha_end": self.alpha_end}
+            for name, value in given.items():
+                message = (
+                    f"loss={loss} has no balance, so {name}={value} would be ignored: drop it, or type loss=balanced"
+                )
+                require(value is None, f"{message} alpha={value}" if name == "alpha" else message)
+            require(self.alpha_schedule == "constant", f"loss={loss} has no balance: drop alpha_schedule")
             return
         require(self.alpha is not None, f"loss={loss} needs a balance: type alpha=0.5, or another number in [0, 1]")
         assert self.alpha is not None
         require(0 <= self.alpha <= 1, f"alpha={self.alpha}: the balance is a number in [0, 1]; alpha=0.5 is NT-Xent")
         require(self.loss["alpha"] == self.alpha, "loss.alpha follows the root value: type alpha=... instead")
+        require_choice("alpha_schedule", self.alpha_schedule, ("constant", "linear", "cosine"))
+        if self.alpha_schedule == "constant":
+            require(self.alpha_end is None, f"alpha_end={self.alpha_end} would be ignored: add alpha_schedule=linear")
+        else:
+            end = self.alpha_end
+            require(
+                end is not None and 0 <= end <= 1, f"alpha_schedule={self.alpha_schedule}: add alpha_end=<in [0, 1]>"
+            )
 
     @property
     def loss_name(self) -> str:
@@ -194,16 +228,19 @@ class TrainConfig:
     @property
     def directory(self) -> Path:
         """``runs/<experiment>/<loss>-alpha<alpha>-seed<seed>-<hash8>``: the same configuration, the same folder."""
-        balance = "" if self.alpha is None else f"-alpha{self.alpha:g}"
-        digest = _digest(self.fingerprint)
-        return Path(self.runs) / self.experiment / f"{self.loss_name}{balance}-seed{self.seed}-{digest}"
+        name = f"{self._title}-seed{self.seed}-{_digest(self.fingerprint)}"
+        return Path(self.runs) / self.experiment / name
 
     @property
     def group(self) -> str:
         """The name that the seeds of one configuration share."""
         plain = {key: value for key, value in self.fingerprint.items() if key != "seed"}
+        return f"{self._title}-{_digest(plain)}"
+
+    @property
+    def _title(self) -> str:
         balance = "" if self.alpha is None else f"-alpha{self.alpha:g}"
-        return f"{self.loss_name}{balance}-{_digest(plain)}"
+        return f"{self.loss_name}{balance}" + ("" if self.alpha_end is None else f"to{self.alpha_end:g}")
 
 
 def conf_dir() -> Path:

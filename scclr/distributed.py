@@ -4,6 +4,8 @@ Dimensions: W processes; B images of a step here, G = W B in all; P embedding di
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-from scclr.config import require
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,18 @@ class World:
             dist.all_reduce(x)
         return x
 
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
     def replicate(self, model: nn.Module) -> nn.Module:
         """``model`` with gradients averaged over processes, and on CUDA batch statistics shared by them."""
         if self.size == 1:
             return model
         device = next(model.parameters()).device
+        if device.type == "cuda":  # there is no such layer for a CPU
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
@@ -68,21 +75,22 @@ class _Gather(torch.autograd.Function):
         return gradient[dist.get_rank() * ctx.rows :][: ctx.rows]
 
 
-def join(device: torch.device) -> tuple[World, torch.device]:
-    """Join the processes that torchrun started, if it did: (the world, this process's own device)."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        return World(), device
+def launched() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
+    """(the world of the processes that torchrun started, this process's own device); left at the end."""
+    if launched() == 1:
+        yield World(), device
+        return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(dist.get_rank(), size), device
-
-
-def check_batch(batch_size: int) -> None:
-    """Raise ``UserError`` unless torchrun's processes can share a global batch equally."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    advice = f"type a multiple of {size}"
-    require(batch_size % size == 0, f"pretrain.batch_size={batch_size} is for all {size} processes together: {advice}")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size()), device
+    finally:
+        dist.destroy_process_group()

@@ -29,12 +29,13 @@ def effective_rank(z: Tensor) -> Tensor:
     return torch.special.entr(share).sum().exp()
 
 
-def pull(term: Callable[[Tensor, Tensor], Tensor], z1: Tensor, z2: Tensor) -> Tensor:
-    """Frobenius norm of the gradient of ``term(z1, z2)`` on the unit sphere: how hard it moves the embeddings.
+def pull(term: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Frobenius norm of the gradient of ``term(z)`` along the sphere: how hard it moves the embeddings z [..., P].
 
     The radial part is left out, since the normalisation would remove it.
     """
-    z = torch.cat([z1, z2]).detach().requires_grad_()
+    z = z.detach().requires_grad_()
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(term(*z.chunk(2)), z)
-    return (gradient - (gradient * z).sum(1, keepdim=True) * z).norm()
+        (gradient,) = torch.autograd.grad(term(z), z)
+    unit = F.normalize(z, dim=-1)
+    return (gradient - (gradient * unit).sum(-1, keepdim=True) * unit).norm()

@@ -31,6 +31,7 @@ class Model(nn.Module):
         self.register_buffer("std", torch.tensor(list(std)).view(1, -1, 1, 1))
         self.encoder = encoder
         self.projector = make_projector(int(encoder.feature_dim), projector)  # type: ignore[arg-type]
+        self.normalize = projector.normalize
 
     @property
     def channels(self) -> int:
@@ -41,9 +42,10 @@ class Model(nn.Module):
         return self.encoder((images - self.mean) / self.std)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(h [B, D], z [B, P] with unit rows in float32; an all-zero row stays zero)."""
+        """(h [B, D], z [B, P] in float32, with unit rows if ``normalize``; an all-zero row stays zero)."""
         h = self.represent(images)
-        return h, F.normalize(self.projector(h).float(), dim=1)
+        z = self.projector(h).float()
+        return h, F.normalize(z, dim=1) if self.normalize else z
 
 
 def make_projector(in_dim: int, config: ProjectorConfig) -> nn.Sequential:

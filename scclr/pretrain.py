@@ -1,26 +1,28 @@
 """Contrastive pretraining: one visible loop.
 
-Dimensions: B images a step, 2B views, D features, P embedding dimensions.
+Dimensions: G images a step, B of them in this process (B = G in a single one), P embedding dimensions.
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from scclr import metrics
 from scclr.augment import Augment, generator
 from scclr.config import PretrainConfig, UserError, require
 from scclr.datasets import ImageSet
-from scclr.losses import LossTerms
+from scclr.distributed import World
+from scclr.losses import Keys, Loss, LossTerms
 from scclr.model import Model
 from scclr.optim import lr_factor, set_lr
-
-Loss = Callable[[Tensor, Tensor], LossTerms]
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
@@ -43,36 +45,74 @@ def precision_of(device: torch.device, precision: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+def anneal(schedule: str, start: float, end: float, progress: float) -> float:
+    """From ``start`` to ``end`` as ``progress`` goes from 0 to 1: ``linear``, or half a ``cosine``."""
+    share = progress if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
+    return start + (end - start) * share
+
+
 def train_step(
-    forward: Callable[[Tensor], tuple[Tensor, Tensor]],
+    forward: nn.Module,
     loss: Loss,
     augment: Augment,
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
-    images: Tensor,
+    batch: ImageSet,
     *,
     seed: int,
     step: int,
     dtype: torch.dtype,
     layout: torch.memory_format,
+    world: World,
+    micro_batch: int | None = None,
 ) -> tuple[LossTerms, Tensor]:
-    """One optimisation step on uint8 ``images`` [B, C, H, W]; nothing in it waits for the device.
+    """One optimisation step on a global ``batch`` of G images; nothing in it waits for the device.
+
+    With ``micro_batch`` below B, no more than that many images pass the encoder at once and the gradient is still the
+    whole batch's (gradient caching, Gao et al. 2021): embeddings without a graph, the loss's gradient on them, and the
+    encoder again part by part on the same views. Adding up losses of small batches would add no negatives.
 
     Returns:
-        The loss terms and the embeddings [2B, P], both detached.
+        The terms of this process's anchors and the embeddings of all [2, G, P], detached.
     """
-    views = augment(images, seed=seed, step=step).contiguous(memory_format=layout)  # [2B, C, H, W]
-    mixed: AbstractContextManager[Any] = nullcontext()
-    if dtype != torch.float32:
-        mixed = torch.autocast(images.device.type, dtype)
-    with mixed:
-        _, z = forward(views)  # [2B, P], unit rows, float32
-    terms = loss(*z.chunk(2))
+    images = world.share(batch.images)  # [B, C, H, W]
+    first = world.rank * len(images)
+
+    def embed(part: slice) -> Tensor:
+        views = augment(images[part], seed=seed, step=step, first=first + part.start, total=len(batch))
+        mixed: AbstractContextManager[Any] = nullcontext()
+        if dtype != torch.float32:
+            mixed = torch.autocast(images.device.type, dtype)
+        with mixed:
+            _, z = forward(views.contiguous(memory_format=layout))  # [2 part, P], unit rows, float32
+        return z.unflatten(0, (2, -1))  # [2, part, P]
+
+    size = micro_batch or len(images)
+    parts = [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
     optimizer.zero_grad(set_to_none=True)
+    if len(parts) == 1:
+        z = embed(parts[0])  # [2, B, P]
+    else:
+        with torch.no_grad():
+            z = torch.cat([embed(part) for part in parts], 1)
+        z.requires_grad_()
+    everyone = world.gather(z.transpose(0, 1)).transpose(0, 1)  # [2, G, P]
+    keys = None if world.size == 1 else Keys(tuple(everyone), batch.labels, first)
+    terms = loss(*z, labels=world.share(batch.labels), keys=keys)
     scaler.scale(terms.total).backward()
+    if len(parts) > 1:
+        for part in parts:
+            with nullcontext() if part is parts[-1] else unsynchronised(forward):
+                embed(part).backward(z.grad[:, part])  # type: ignore[index]
     scaler.step(optimizer)
     scaler.update()
-    return LossTerms(*(term.detach() for term in terms)), z.detach()
+    loss.update(*everyone.detach(), labels=batch.labels)
+    return LossTerms(*(term.detach() for term in terms)), everyone.detach()
+
+
+def unsynchronised(forward: nn.Module) -> AbstractContextManager[Any]:
+    """Gradients stay in the process, to be averaged over processes with the last part's."""
+    return forward.no_sync() if isinstance(forward, DistributedDataParallel) else nullcontext()
 
 
 def pretrain(
@@ -86,6 +126,8 @@ def pretrain(
     *,
     seed: int,
     start: int,
+    world: World,
+    alpha: Callable[[float], float] | None,
     log: Callable[[int, dict[str, float]], None],
     save: Callable[[int], None],
     knn: Callable[[], float],
@@ -93,45 +135,50 @@ def pretrain(
     """Train ``model`` in place from step ``start`` to the last one of ``config.epochs``.
 
     A step is a function of (weights, optimiser and scaler state, seed, step), so a run resumed from a checkpoint is the
-    uninterrupted run. The host waits for the device only on the steps that are logged.
+    uninterrupted run, and N processes are one. The host waits for the device only on the steps that are logged.
 
     Args:
+        alpha: the balance at a share of the training from 0 to 1; None leaves the loss's own.
         log: takes the number of finished steps and a row of metrics.
         save: writes a checkpoint of the finished steps.
-        knn: top-1 accuracy on the validation split.
+        knn: top-1 accuracy on the validation split. These three are called in the leading process only.
 
     Raises:
         UserError: the loss is not finite; names the step.
     """
-    device, batch = data.images.device, config.batch_size
-    steps_per_epoch = len(data) // batch
+    device, batch_size = data.images.device, config.batch_size
+    steps_per_epoch = len(data) // batch_size
     total, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
     dtype = precision_of(device, config.precision)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model.train().to(memory_format=layout)
-    forward = torch.compile(model) if config.compile else model
+    forward = world.replicate(model.train().to(memory_format=layout))
+    forward = torch.compile(forward) if config.compile else forward  # type: ignore[assignment]
     order = epoch_order(seed, start // steps_per_epoch, len(data)).to(device)
-    window = _Window(device, start)
-    saved = time.monotonic()
+    window, saved = _Window(device, start), time.monotonic()
     for step in range(start, total):
         epoch, position = divmod(step, steps_per_epoch)
         if position == 0:
             order = epoch_order(seed, epoch, len(data)).to(device, non_blocking=True)
         lr = set_lr(optimizer, lr_factor(step, total, warmup))
-        images = data.images[order[position * batch : (position + 1) * batch]]  # [B, C, H, W]
+        if alpha is not None:
+            loss.alpha = alpha(step / max(1, total - 1))
+        batch = data[order[position * batch_size : (position + 1) * batch_size]]  # G images
         terms, z = train_step(
-            forward, loss, augment, optimizer, scaler, images, seed=seed, step=step, dtype=dtype, layout=layout
-        )
+            forward, loss, augment, optimizer, scaler, batch,
+            seed=seed, step=step, dtype=dtype, layout=layout, world=world, micro_batch=config.micro_batch,
+        )  # fmt: skip
         window.add(step, terms)
 
         done = step + 1
         knn_due = config.knn_every > 0 and done % (config.knn_every * steps_per_epoch) == 0
         if done % config.log_every == 0 or knn_due or done == total:
-            row = {"epoch": done / steps_per_epoch, "lr": lr, **window.close(done, batch), **geometry(loss, z)}
-            log(done, row | ({"knn": knn()} if knn_due else {}))
-            if done == total or time.monotonic() - saved >= config.checkpoint_seconds:
-                save(done)
-                saved = time.monotonic()
+            values = window.close(done, batch_size, world)
+            if world.leads:
+                row = {"epoch": done / steps_per_epoch, "lr": lr, **values, **geometry(loss, z, batch.labels)}
+                log(done, row | ({"knn": knn()} if knn_due else {}))
+                if done == total or time.monotonic() - saved >= config.checkpoint_seconds:
+                    save(done)
+                    saved = time.monotonic()
             window = _Window(device, done)
 
 
@@ -148,24 +195,28 @@ class _Window:
         self.sums += values
         self.bad = torch.where(values.isfinite().all(), self.bad, self.bad.clamp_max(step))
 
-    def close(self, done: int, batch: int) -> dict[str, float]:
-        """Means over the window; raises ``UserError`` if a step was not finite. This is where the host waits."""
-        total, attract, repel = (self.sums / (done - self.start)).tolist()
-        if self.bad < done:
+    def close(self, done: int, batch: int, world: World) -> dict[str, float]:
+        """Means over the window and over processes. This is where the host waits.
+
+        Raises:
+            UserError: a step was not finite, in any process.
+        """
+        total, attract, repel = (world.sum(self.sums) / (done - self.start) / world.size).tolist()
+        if not math.isfinite(total + attract + repel):
             advice = "lower optimizer.lr, raise loss.temperature or type pretrain.precision=fp32"
-            raise UserError(f"the loss is not finite at step {int(self.bad)}: {advice}")
+            raise UserError(f"the loss is not finite at step {min(int(self.bad), done - 1)}: {advice}")
         speed = (done - self.start) * batch / (time.perf_counter() - self.clock)
         return {"loss": total, "attract": attract, "repel": repel, "images_per_second": speed}
 
 
-def geometry(loss: Loss, z: Tensor) -> dict[str, float]:
-    """Metrics of the embeddings z [2B, P] of a step, and the pull of each loss term on them."""
-    z1, z2 = z.chunk(2)
+def geometry(loss: Loss, z: Tensor, labels: Tensor) -> dict[str, float]:
+    """Metrics of the embeddings z [2, G, P] of a step, the pull of each loss term on them, and the current balance."""
+    unit = F.normalize(z, dim=2)
     values = {
-        "alignment": metrics.alignment(z1, z2),
-        "uniformity": metrics.uniformity(z),
-        "effective_rank": metrics.effective_rank(z),
-        "gradient/attract": metrics.pull(lambda a, b: loss(a, b).attract, z1, z2),
-        "gradient/repel": metrics.pull(lambda a, b: loss(a, b).repel, z1, z2),
+        "alignment": metrics.alignment(*unit),
+        "uniformity": metrics.uniformity(unit.flatten(0, 1)),
+        "effective_rank": metrics.effective_rank(unit.flatten(0, 1)),
+        "gradient/attract": metrics.pull(lambda views: loss(*views, labels=labels).attract, z),
+        "gradient/repel": metrics.pull(lambda views: loss(*views, labels=labels).repel, z),
     }
-    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) | {"alpha": float(loss.alpha)}

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from scclr.checkpoint import load, save, write_atomic
 from scclr.config import (
@@ -35,11 +37,17 @@ from scclr.config import (
     resolve,
 )
 from scclr.datasets import Splits
+from scclr.distributed import World, joined, launched
+from scclr.losses import Loss
 from scclr.model import Model
 from scclr.optim import describe
-from scclr.pretrain import precision_of, pretrain
+from scclr.pretrain import anneal, precision_of, pretrain
 from scclr.probe import features, knn_top1, probe_encoder, probe_pixels
 from scclr.tracking import RunLog
+
+BATCH_NORM_CAVEAT = (
+    "with pretrain.micro_batch, batch norm takes its statistics from parts of the batch; all else is equal"
+)
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")
@@ -66,8 +74,11 @@ def check(config: TrainConfig) -> None:
         checkpoint_path(config.init_from)
     check_writable(Path(config.runs))
     precision_of(pick_device(config.device), config.pretrain.precision)
+    batch, processes = config.pretrain.batch_size, launched()
+    message = f"pretrain.batch_size={batch} is for all {processes} processes together: type a multiple of {processes}"
+    require(batch % processes == 0, message)
     source = build("dataset", config.dataset)
-    build("loss", config.loss)
+    make_loss(config, classes=2)
     build("augment", config.augment)
     with torch.device("meta"):
         model = make_model(config, source.mean, source.std, image_size=getattr(source, "image_size", 32))
@@ -82,10 +93,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     Raises:
         UserError: whatever the user can mend; nothing is left behind that was not there before or is not whole.
     """
-    started = time.monotonic()
     origin = load(config.init_from) if config.init_from is not None else None
-    training = "pretrain" in config.stages
-    if origin is not None and not training:
+    if origin is not None and "pretrain" not in config.stages:
         config = adopt(config, origin["config"])
     directory = config.directory
     if (directory / "result.json").exists() and not config.overwrite:
@@ -93,7 +102,18 @@ def run(config: TrainConfig) -> dict[str, Any]:
         print(summary(result, directory, "this run was finished before; overwrite=true redoes it"))
         return result
 
-    device = pick_device(config.device)
+    with joined(pick_device(config.device)) as (world, device):
+        result = run_stages(config, origin, directory, world, device)
+    if world.leads:
+        print(summary(result, directory, hint(config)))
+    return result
+
+
+def run_stages(
+    config: TrainConfig, origin: dict[str, Any] | None, directory: Path, world: World, device: torch.device
+) -> dict[str, Any]:
+    """``run`` in one process of ``world``; ``origin`` is the checkpoint of ``init_from``. Empty unless leading."""
+    started, training = time.monotonic(), "pretrain" in config.stages
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
     splits = build("dataset", config.dataset).load()
@@ -109,8 +129,13 @@ def run(config: TrainConfig) -> dict[str, Any]:
     model.to(device)
     splits = splits.to(device)
 
-    with claimed(directory, config.overwrite):
+    with claimed(directory, config.overwrite) if world.leads else nullcontext():
+        world.wait()  # until the leading process has cleared what overwrite=true discards
         resumed = load(directory) if training and (directory / "last.pt").exists() else None
+        if not world.leads:
+            if training:
+                pretrain_stage(config, model, splits, resumed, directory, world, None)
+            return {}
         write_atomic(directory / "config.yaml", lambda f: f.write(OmegaConf.to_yaml(asdict(config)).encode()))
         print(f"{directory}", file=sys.stderr)
         with RunLog(
@@ -123,7 +148,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         ) as log:
             seconds = {"pretrain": 0.0, "probe": 0.0}
             if training:
-                seconds["pretrain"] = pretrain_stage(config, model, splits, resumed, directory, log)
+                seconds["pretrain"] = pretrain_stage(config, model, splits, resumed, directory, world, log)
             metrics: dict[str, float] = {}
             details: dict[str, Any] = {}
             if "probe" in config.stages:
@@ -137,6 +162,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 "run": directory.name,
                 "group": config.group,
                 "metrics": metrics,
+                "oracle": make_loss(config, len(splits.classes)).supervised,  # its loss has read labels
                 **details,
                 "last": log.latest,
                 "seconds": {name: round(value, 3) for name, value in seconds.items()},
@@ -145,16 +171,24 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 "versions": versions(),
             }
         write_atomic(directory / "result.json", lambda f: f.write(json.dumps(result, indent=2).encode()))
-    print(summary(result, directory, hint(config)))
     return result
 
 
 def pretrain_stage(
-    config: TrainConfig, model: Model, splits: Splits, resumed: dict[str, Any] | None, directory: Path, log: RunLog
+    config: TrainConfig,
+    model: Model,
+    splits: Splits,
+    resumed: dict[str, Any] | None,
+    directory: Path,
+    world: World,
+    log: RunLog | None,
 ) -> float:
-    """Pretrain ``model`` in place, from the checkpoint ``resumed`` if there is one; returns its seconds so far."""
+    """Pretrain ``model`` in place, from the checkpoint ``resumed`` if there is one; returns its seconds so far.
+
+    Only the leading process has a ``log``; it alone writes and evaluates.
+    """
     options, device = config.pretrain, splits.train.images.device
-    loss, augment = build("loss", config.loss), build("augment", config.augment)
+    loss, augment = make_loss(config, len(splits.classes)).to(device), build("augment", config.augment)
     optimizer = build("optimizer", config.optimizer, model=model, batch_size=options.batch_size)
     scaler = torch.amp.GradScaler(device.type, enabled=precision_of(device, options.precision) == torch.float16)
     start, clock, previous = 0, time.monotonic(), 0.0
@@ -162,8 +196,12 @@ def pretrain_stage(
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
+        loss.load_state_dict(resumed["loss"])
         start, previous = resumed["step"], resumed["seconds"]
-    print(describe(optimizer), file=sys.stderr)
+    if log is not None:
+        print(describe(optimizer), file=sys.stderr)
+        if options.micro_batch is not None and has_batch_norm(model):
+            print(BATCH_NORM_CAVEAT, file=sys.stderr)
     steps_per_epoch = len(splits.pretrain) // options.batch_size
     few = splits.train[torch.arange(min(options.knn_images, len(splits.train)), device=device)]
 
@@ -172,6 +210,7 @@ def pretrain_stage(
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
+            "loss": loss.state_dict(),
             "step": step,
             "seconds": previous + time.monotonic() - clock,
             "image_size": splits.train.images.shape[-1],
@@ -185,7 +224,15 @@ def pretrain_stage(
         classes = len(splits.classes)
         return knn_top1(bank, few.labels, queries, splits.validation.labels, classes, k=k, temperature=temperature)
 
-    log.progress(start, options.epochs * steps_per_epoch, options.epochs)
+    def record(step: int, row: dict[str, float]) -> None:
+        if log is not None:
+            log.row(step, row)
+
+    alpha = None
+    if config.alpha is not None and config.alpha_end is not None:
+        alpha = partial(anneal, config.alpha_schedule, config.alpha, config.alpha_end)
+    if log is not None:
+        log.progress(start, options.epochs * steps_per_epoch, options.epochs)
     pretrain(
         model,
         loss,
@@ -196,11 +243,14 @@ def pretrain_stage(
         options,
         seed=config.seed,
         start=start,
-        log=log.row,
+        world=world,
+        alpha=alpha,
+        log=record,
         save=save_checkpoint,
         knn=validate,
     )
-    log.end_progress()
+    if log is not None:
+        log.end_progress()
     return previous + time.monotonic() - clock
 
 
@@ -217,6 +267,18 @@ def probe_stage(
     metrics = {prefix + name: value for prefix, r in results.items() for name, value in r.metrics.items()}
     chosen = {prefix + "probe/logreg": r.l2 for prefix, r in results.items()}
     return metrics, {"l2": chosen, "encoder_sha256": results[""].encoder_sha256}
+
+
+def make_loss(config: TrainConfig, classes: int) -> Loss:
+    """The loss; with an ``alpha_schedule``, one that may take both of its ends."""
+    if config.alpha_end is not None:
+        build("loss", {**config.loss, "alpha": config.alpha_end}, classes=classes)
+    loss: Loss = build("loss", config.loss, classes=classes)
+    return loss
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def make_model(config: TrainConfig, mean: list[float], std: list[float], *, image_size: int) -> Model:
@@ -236,9 +298,14 @@ def load_weights(model: Model, checkpoint: dict[str, Any], config: TrainConfig) 
 
 
 def check_fit(config: TrainConfig, splits: Splits) -> None:
-    """A step needs a whole batch."""
+    """A step needs a whole batch, and a supervised loss labels."""
     n, batch = len(splits.pretrain), config.pretrain.batch_size
     require(batch <= n, f"pretrain.batch_size={batch} is larger than the {n} images to pretrain on: type a smaller one")
+    labelled = bool((splits.pretrain.labels >= 0).all())
+    supervised = make_loss(config, len(splits.classes)).supervised
+    require(
+        labelled or not supervised, f"loss={config.loss_name} reads labels, and this dataset pretrains without them"
+    )
 
 
 def check_writable(folder: Path) -> None:

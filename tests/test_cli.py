@@ -69,7 +69,7 @@ def test_completion_knows_no_subcommand(
 
 
 REFUSED = [
-    ("loss=balnced", "did you mean balanced? (choices: balanced"),
+    ("loss=balnced", "did you mean balanced? (choices: align_uniform, balanced"),
     ("dataset=digit", "did you mean digits?"),
     ("encoder=resnet", "did you mean resnet"),
     ("+experiment=fashion", "no such experiment"),
@@ -79,7 +79,7 @@ REFUSED = [
     ("alhpa=1", "did you mean alpha?"),
     ("loss.temprature=1", "did you mean loss.temperature?"),
     ("+typo=1", "typo: no such key"),
-    ("+loss.typo=1", "takes alpha, temperature"),
+    ("+loss.typo=1", "takes alpha, temperature, similarity, rescale"),
     ("loss.temperature=0", "give a positive number"),
     ("loss=ntxent alpha=0.5", "type loss=balanced alpha=0.5"),
     ("pretrain.batch_size=5000", "larger than the 1144 images"),

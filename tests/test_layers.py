@@ -14,7 +14,7 @@ LAYERS = [
     {"augment"},
     {"encoders", "model", "metrics", "checkpoint"},
     {"losses"},
-    {"optim"},
+    {"optim", "distributed"},
     {"pretrain"},
     {"probe"},
     {"tracking"},

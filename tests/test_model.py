@@ -12,7 +12,7 @@ from scclr.encoders.convnet import ConvNet
 from scclr.encoders.resnet import ResNet
 from scclr.model import Model, make_projector
 
-PROJECTOR = ProjectorConfig(depth=2, hidden_dim=24, out_dim=12, batch_norm=True)
+PROJECTOR = ProjectorConfig(depth=2, hidden_dim=24, out_dim=12, batch_norm=True, normalize=True)
 
 
 def convnet(channels: int = 1) -> ConvNet:
@@ -30,7 +30,9 @@ def test_shapes_and_unit_rows() -> None:
 def test_normalisation_is_part_of_the_model() -> None:
     encoder = nn.Flatten()
     encoder.feature_dim = 4  # type: ignore[assignment]
-    plain = Model(encoder, ProjectorConfig(depth=0, hidden_dim=1, out_dim=1, batch_norm=False), [0.5], [0.25])
+    plain = Model(
+        encoder, ProjectorConfig(depth=0, hidden_dim=1, out_dim=1, batch_norm=False, normalize=True), [0.5], [0.25]
+    )
     h, z = plain(torch.full((2, 1, 2, 2), 0.75))
     assert torch.equal(h, torch.ones(2, 4))
     assert torch.equal(z, torch.full((2, 4), 0.5)), "depth 0 is the identity"
@@ -39,7 +41,7 @@ def test_normalisation_is_part_of_the_model() -> None:
 def test_projector_layers() -> None:
     kinds = [type(layer).__name__ for layer in make_projector(16, PROJECTOR)]
     assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
-    deep = make_projector(16, ProjectorConfig(depth=3, hidden_dim=24, out_dim=12, batch_norm=False))
+    deep = make_projector(16, ProjectorConfig(depth=3, hidden_dim=24, out_dim=12, batch_norm=False, normalize=True))
     assert [layer.weight.shape for layer in deep if isinstance(layer, nn.Linear)] == [(24, 16), (24, 24), (12, 24)]
 
 

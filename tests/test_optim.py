@@ -1,6 +1,5 @@
 """Parameter groups, learning rates and LARS against a reference transcription."""
 
-import itertools
 import math
 
 import pytest
@@ -34,8 +33,8 @@ def test_schedule_is_a_pure_function_of_the_step() -> None:
     assert factors[0] == pytest.approx(1 / 11)
     assert factors[10] == 1
     assert factors[55] == pytest.approx(0.5)
-    assert all(a < b for a, b in itertools.pairwise(factors))
-    assert all(a > b for a, b in itertools.pairwise(factors))
+    assert factors[:11] == sorted(factors[:11])
+    assert factors[10:] == sorted(factors[10:], reverse=True)
     assert 0 < factors[-1] < 1e-3
     assert lr_factor(0, 1, 0) == 1
 

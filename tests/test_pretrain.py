@@ -10,10 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scclr.config import TrainConfig, UserError, build, conf_dir, resolve
 from scclr.datasets import ImageSet
-from scclr.losses import LossTerms
+from scclr.distributed import World
+from scclr.losses import Loss, LossTerms
 from scclr.pretrain import epoch_order, precision_of, pretrain, train_step
-from scclr.train import make_model
+from scclr.train import make_loss, make_model
 
+LOSSES = sorted(path.stem for path in (conf_dir() / "loss").glob("*.yaml"))
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -26,7 +28,7 @@ def parts(config: TrainConfig, channels: int = 1) -> tuple[Any, ...]:
     torch.manual_seed(config.seed)
     model = make_model(config, [0.5] * channels, [0.25] * channels, image_size=32)
     optimizer = build("optimizer", config.optimizer, model=model, batch_size=config.pretrain.batch_size)
-    return model, build("loss", config.loss), build("augment", config.augment), optimizer
+    return model, make_loss(config, classes=10), build("augment", config.augment), optimizer
 
 
 def digits(n: int, channels: int = 1) -> ImageSet:
@@ -39,7 +41,8 @@ def train(config: TrainConfig, data: ImageSet) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
     pretrain(
         model, loss, augment, optimizer, OFF, data, config.pretrain, seed=config.seed, start=0,
-        log=lambda step, row: rows.append({"step": step, **row}), save=lambda step: None, knn=lambda: 0.5,
+        world=World(), alpha=None, log=lambda step, row: rows.append({"step": step, **row}),
+        save=lambda step: None, knn=lambda: 0.5,
     )  # fmt: skip
     return rows
 
@@ -63,26 +66,28 @@ def test_rows_and_learning_rate() -> None:
 def test_a_step_that_is_not_finite_is_named() -> None:
     config = compose(*TINY, "pretrain.log_every=5", "pretrain.knn_every=0")
     model, loss, augment, optimizer = parts(config)
-    calls = []
 
-    def spoiled(z1: torch.Tensor, z2: torch.Tensor) -> LossTerms:
-        calls.append(0)
-        terms = loss(z1, z2)
-        return LossTerms(terms.total * (float("inf") if len(calls) == 4 else 1), terms.attract, terms.repel)
+    class Spoiled(Loss):
+        calls = 0
+
+        def terms(self, anchors):  # type: ignore[no-untyped-def]
+            self.calls += 1
+            terms = loss.terms(anchors)
+            return LossTerms(terms.total * (float("inf") if self.calls == 4 else 1), terms.attract, terms.repel)
 
     rows: list[int] = []
     with pytest.raises(UserError, match="not finite at step 3"):
         pretrain(
-            model, spoiled, augment, optimizer, OFF, digits(200), config.pretrain, seed=0, start=0,
-            log=lambda step, row: rows.append(step), save=lambda step: None, knn=lambda: 0.0,
+            model, Spoiled(), augment, optimizer, OFF, digits(200), config.pretrain, seed=0, start=0,
+            world=World(), alpha=None, log=lambda step, row: rows.append(step), save=lambda step: None, knn=lambda: 0.0,
         )  # fmt: skip
     assert rows == []
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
-@pytest.mark.parametrize("loss", ["balanced", "ntxent"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_whole_step_stays_on_its_device(optimizer: str, loss: str, channels: int) -> None:
+@pytest.mark.parametrize(("channels", "micro_batch"), [(1, None), (3, None), (3, 6)])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_whole_step_stays_on_its_device(optimizer: str, loss: str, channels: int, micro_batch: int | None) -> None:
     """On the meta device an operation that mixes devices fails, and so does one that waits for a value."""
     config = compose(
         *TINY, f"optimizer={optimizer}", f"loss={loss}", "augment=simclr", "augment.rotation=10", "augment.blur=0.5",
@@ -91,9 +96,11 @@ def test_a_whole_step_stays_on_its_device(optimizer: str, loss: str, channels: i
     with torch.device("meta"):
         model, criterion, augment, solver = parts(config, channels)
         images = torch.empty(16, channels, 8, 8, dtype=torch.uint8)
+        batch = ImageSet(images, torch.empty(16, dtype=torch.int64))
     terms, z = train_step(
-        model, criterion, augment, solver, OFF, images, seed=0, step=0, dtype=torch.float32, layout=torch.channels_last
-    )
+        model, criterion, augment, solver, OFF, batch, seed=0, step=0, dtype=torch.float32, world=World(),
+        layout=torch.channels_last, micro_batch=micro_batch,
+    )  # fmt: skip
     assert z.device.type == "meta"
     assert all(term.device.type == "meta" and term.shape == () for term in terms)
     assert all(p.grad is not None and p.grad.device.type == "meta" for p in model.parameters())

@@ -44,7 +44,9 @@ def splits() -> Splits:
 def model() -> Model:
     torch.manual_seed(0)
     encoder = ConvNet(in_channels=1, widths=[8, 16], stem_stride=1)
-    return Model(encoder, ProjectorConfig(depth=2, hidden_dim=8, out_dim=4, batch_norm=True), [0.3], [0.4])
+    return Model(
+        encoder, ProjectorConfig(depth=2, hidden_dim=8, out_dim=4, batch_norm=True, normalize=True), [0.3], [0.4]
+    )
 
 
 @pytest.mark.parametrize("l2", [1e-3, 1e-1])

@@ -188,13 +188,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     from scclr.losses.balanced import BalancedLoss
 
     calls = []
-    plain = BalancedLoss.__call__
+    plain = BalancedLoss.terms
 
-    def spoiled(self, z1, z2):  # type: ignore[no-untyped-def]
+    def spoiled(self, anchors):  # type: ignore[no-untyped-def]
         calls.append(0)
-        terms = plain(self, z1, z2)
+        terms = plain(self, anchors)
         return LossTerms(terms.total * float("nan"), *terms[1:]) if len(calls) == 4 else terms
 
-    monkeypatch.setattr(BalancedLoss, "__call__", spoiled)
+    monkeypatch.setattr(BalancedLoss, "terms", spoiled)
     assert scclr("train", *TINY, "pretrain.log_every=100", "pretrain.knn_every=0") == 1
     assert "not finite at step 3" in capsys.readouterr().err.splitlines()[-1]

@@ -40,6 +40,7 @@ class Loss(nn.Module):
 
     supervised: ClassVar[bool] = False  # it reads labels: an oracle, not a self-supervised method
     least_images: ClassVar[int] = 1
+    alpha: float = 0.5  # the balance: a schedule may change it between calls of the losses that take one
 
     def forward(self, *views: Tensor, labels: Tensor | None = None, keys: Keys | None = None) -> LossTerms:
         anchors = Anchors(views, labels, keys)

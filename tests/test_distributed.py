@@ -1,0 +1,161 @@
+"""Two processes are one process: loss, terms and every parameter's gradient, for every loss and balance."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import TINY, run_folders
+from torch import nn
+
+from scclr.augment import Augment
+from scclr.config import build
+from scclr.datasets import ImageSet
+from scclr.distributed import World
+from scclr.losses import Loss
+from scclr.pretrain import train_step
+
+ALPHAS = [0.0, 0.3, 0.5, 0.8, 1.0]
+IMAGES, CLASSES = 8, 3
+HYPER = {
+    "align_uniform": {"t": 2.0},
+    "balanced": {"temperature": 0.3},
+    "debiased": {"temperature": 0.5, "class_prior": 0.1},
+    "decoupled": {"temperature": 0.3},
+    "hard_negative": {"temperature": 0.5, "class_prior": 0.1, "hardness": 0.5},
+    "infonce": {"temperature": 0.3},
+    "nscl": {"temperature": 0.3},
+    "ntxent": {"temperature": 0.3},
+    "prototype": {"temperature": 0.3, "repulsion": "logsumexp", "momentum": 0.9},
+    "sigmoid": {"scale": 5.0, "bias": -2.0},
+    "spectral": {"mu": 2.0},
+    "supcon": {"temperature": 0.3},
+}
+STILL = {
+    "crop_scale": [0.5, 1.0], "crop_ratio": [0.75, 1.33], "flip": 0.5, "rotation": 0.0, "jitter": 0.0, "brightness": 0.0,
+    "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "grayscale": 0.0, "blur": 0.0, "blur_sigma": [0.1, 2.0],
+    "solarize": 0.0,
+}  # fmt: skip
+
+
+class Network(nn.Module):
+    """A float64 model without batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, 6)).double()
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = self.layers(images.double())
+        return z, nn.functional.normalize(z, dim=1)
+
+
+def make(name: str, alpha: float) -> Loss:
+    stem = {"ntxent": "NTXent", "infonce": "InfoNCE", "nscl": "NSCL", "supcon": "SupCon"}.get(name)
+    target = f"scclr.losses.{name}.{stem or name.title().replace('_', '')}Loss"
+    balance = {} if name == "ntxent" else {"alpha": alpha}
+    loss: Loss = build("loss", {"_target_": target, **HYPER[name], **balance}, classes=CLASSES)
+    return loss
+
+
+def batch() -> ImageSet:
+    draw = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (IMAGES, 1, 6, 6), dtype=torch.uint8, generator=draw)
+    return ImageSet(images, torch.tensor([0, 1, 2, 0, 1, 1, 2, 0]))
+
+
+def step(name: str, alpha: float, world: World, micro_batch: int | None = None) -> dict[str, torch.Tensor]:
+    """Terms summed over processes, and the gradients, of two steps (the second sees what ``update`` remembers)."""
+    model, loss = Network(), make(name, alpha)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    forward, found = world.replicate(model), {}
+    for number in range(2):
+        terms, z = train_step(
+            forward, loss, Augment(**STILL), optimizer, torch.amp.GradScaler("cpu", enabled=False), batch(),  # type: ignore[arg-type]
+            seed=0, step=number, dtype=torch.float32, layout=torch.contiguous_format, world=world,
+            micro_batch=micro_batch,
+        )  # fmt: skip
+        found[f"{number} terms"] = world.sum(torch.stack(terms)) / world.size
+        found[f"{number} z"] = z
+        found |= {f"{number} {k}": p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    return found
+
+
+def process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    world = World(rank, 2)
+    found: dict[Any, Any] = {(name, alpha): step(name, alpha, world) for name in HYPER for alpha in ALPHAS}
+    found["micro"] = step("balanced", 0.3, world, micro_batch=3)
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    folder = tmp_path_factory.mktemp("two")
+    mp.spawn(process, (str(folder),), 2)  # type: ignore[no-untyped-call]
+    found: dict[Any, Any] = torch.load(folder / "found.pt")
+    return found
+
+
+def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_every_loss_is_covered() -> None:
+    from scclr.config import conf_dir
+
+    assert set(HYPER) == {path.stem for path in (conf_dir() / "loss").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("name", HYPER)
+def test_two_processes_are_one(name: str, alpha: float, two: dict[Any, Any]) -> None:
+    close(two[name, alpha], step(name, alpha, World()), 1e-12)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8, 100])
+@pytest.mark.parametrize("name", ["balanced", "prototype", "sigmoid", "supcon"])
+def test_parts_of_a_batch_are_the_whole(name: str, micro_batch: int) -> None:
+    close(step(name, 0.3, World(), micro_batch), step(name, 0.3, World()), 1e-12)
+
+
+def test_parts_in_two_processes_are_the_whole(two: dict[Any, Any]) -> None:
+    close(two["micro"], step("balanced", 0.3, World()), 1e-12)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_one_model(folder: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    plain = [sys.executable, "-m"]
+    # without batch norm, whose statistics two CPU processes do not share, and untrained: the encoder has it
+    line = [
+        "scclr",
+        "train",
+        "stages=[pretrain]",
+        *TINY,
+        "optimizer=sgd",
+        "optimizer.lr=1e-9",
+        "projector.batch_norm=false",
+    ]
+    for command, runs in ((torchrun, "two"), (plain, "one")):
+        done = subprocess.run([*command, *line, f"runs={runs}"], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    (two,), (one,) = (list((folder / runs / "default").glob("*/")) for runs in ("two", "one"))
+    assert two.name == one.name
+    a, b = (torch.load(run / "last.pt", weights_only=True) for run in (two, one))
+    assert a["step"] == b["step"] == 6
+    refused = subprocess.run([*torchrun, *line, "-m", "seed=0,1"], env=environment, capture_output=True, text=True)
+    assert "a sweep cannot run inside torchrun" in refused.stderr
+    assert run_folders(folder) == []
