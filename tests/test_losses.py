@@ -361,16 +361,16 @@ def test_half_is_cross_entropy(temperature, seed):
 
 @pytest.mark.parametrize("temperature", [0.01, 0.05, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("alpha", [0, 0.3, 0.5, 1])
-def test_float32_accuracy(temperature, alpha):
-    """Of the terms, and so of the total relative to them: A + R is small beside A where positives are easy."""
-    views = [view.float() for view in unit_views(0, images=151, width=32, noise=0.9)]
-    loss = BalancedLoss(alpha=alpha, temperature=temperature)
-    found, exact = loss(*views), loss(*[view.double() for view in views])
-    for a, b in zip(found, exact, strict=True):
-        assert abs(a - b) <= 1e-6 * max(abs(b), abs(exact.attract))
-    expected = references.balanced_gradient([view.double() for view in views], temperature, alpha)
-    leaves = [view.requires_grad_() for view in views]
-    error = torch.cat(torch.autograd.grad(loss(*leaves).total, leaves)) - expected
+@pytest.mark.parametrize("noise", [0.02, 0.9])
+def test_float32_accuracy(temperature, alpha, noise):
+    """Also where positives are easy, and NT-Xent is many orders of magnitude smaller than A and R."""
+    views = [view.float() for view in unit_views(0, images=151, width=32, noise=noise)]
+    loss, wide = BalancedLoss(alpha=alpha, temperature=temperature), [view.double() for view in views]
+    tolerance = 1e-6 if temperature >= 0.1 else 5e-5  # float32 similarities, over the temperature, in an exponential
+    for found, exact in zip(loss(*views), loss(*wide), strict=True):
+        assert abs(found - exact) <= tolerance * abs(exact)
+    expected = gradient(lambda *v: loss(*v).total, wide)
+    error = gradient(lambda *v: loss(*v).total, views) - expected
     assert error.norm() <= (1e-5 if temperature >= 0.1 else 1e-4) * expected.norm()
 
 

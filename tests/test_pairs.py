@@ -85,8 +85,27 @@ def test_equal_ids_are_left_out(tile, tau, seed):
     assert_equal(found, expected, 1e-12)
 
 
+@few
+@given(
+    period=st.integers(1, 12),
+    n=st.integers(2, 12),
+    tile=st.sampled_from([1, 2, 3, 5, 30]),
+    tau=st.sampled_from([0.01, 0.5]),
+)
+def test_views_of_one_image_are_left_out(period, n, tile, tau):
+    z = unit(n, 3)
+    loop = [[z[i] @ z[k] / tau for k in range(n) if (k - i) % period] for i in range(n)]
+    expected = torch.stack([torch.stack(row).logsumexp(0) if row else torch.tensor(-math.inf) for row in loop])
+    found, gradient = value_and_gradients(lambda z: row_logsumexp(z, tau, period=period, tile=tile), z)
+    torch.testing.assert_close(found, expected.double(), rtol=1e-12, atol=1e-12)
+    assert gradient.isfinite().all()
+    if expected.isfinite().all():
+        dense = value_and_gradients(lambda z: dense_logsumexp(z / tau**0.5, None, period, None), z)
+        assert_equal([found, gradient], dense, 1e-12)
+
+
 def dense64(z: Tensor, tau: float) -> list[Tensor]:
-    return value_and_gradients(lambda z: dense_logsumexp(z / tau**0.5, None, None), z.double())
+    return value_and_gradients(lambda z: dense_logsumexp(z / tau**0.5, None, len(z), None), z.double())
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.05, 0.1, 0.5, 1.0])
@@ -179,10 +198,12 @@ def test_limits_of_temperature():
     torch.testing.assert_close(mean, (z @ z.T - torch.eye(12)).sum(1) / 11, rtol=0, atol=1e-3)
 
 
-def test_a_row_without_keys_is_minus_infinity():
-    z = unit(4, 3)
-    rows = row_logsumexp(z, 0.5, ids=torch.zeros(4, dtype=torch.int64))
+@pytest.mark.parametrize("tau", [0.01, 0.5])
+def test_a_row_without_keys_is_minus_infinity(tau):
+    ids = torch.zeros(4, dtype=torch.int64)
+    rows, gradient = value_and_gradients(lambda z: row_logsumexp(z, tau, ids=ids), unit(4, 3))
     assert torch.equal(rows, torch.full((4,), -math.inf, dtype=torch.float64))
+    assert torch.equal(gradient, torch.zeros(4, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.5])
@@ -196,7 +217,7 @@ def test_memory_is_linear(tau, masked):
         row_logsumexp(z, tau, ids=ids, keys=z, key_ids=ids, tile=tile).sum().backward()
     assert largest.elements == n * width  # never n * n
     with Largest() as largest:
-        dense_logsumexp(z, None, None).sum().backward()
+        dense_logsumexp(z, None, n, None).sum().backward()
     assert largest.elements == n * n
 
 
