@@ -102,13 +102,13 @@ class _Tiles:
             i = slice(a, min(a + t, n))
             for b in range(a if self.symmetric else 0, m, t):
                 j = slice(b, min(b + t, m))
-                logits = self.buffer[: (i.stop - a) * (j.stop - b)].view(i.stop - a, j.stop - b)
+                height, width = i.stop - a, j.stop - b
+                logits = self.buffer[: height * width].view(height, width)
                 torch.mm(self.rows[i], self.keys[j].T, out=logits)  # out= and in-place products ignore autocast
                 if self.symmetric:  # k - i is a multiple of the period on these diagonals, often on none
-                    first = (a - b) % self.period - (i.stop - a - 1) // self.period * self.period
-                    for diagonal in range(first - self.period, j.stop - b, self.period):
-                        if diagonal > a - i.stop:
-                            logits.diagonal(diagonal).fill_(-math.inf)
+                    lowest = (a - b + height - 1) % self.period + 1 - height
+                    for diagonal in range(lowest, width, self.period):
+                        logits.diagonal(diagonal).fill_(-math.inf)
                 if self.ids is not None:
                     logits.masked_fill_(self.ids[0][i].unsqueeze(1) == self.ids[1][j], -math.inf)
                 yield i, j, self.symmetric and a != b, logits
