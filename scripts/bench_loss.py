@@ -43,7 +43,7 @@ def scclr_dense() -> Function:
     from scclr.losses.pairs import dense_logsumexp
 
     def total(z1: Tensor, z2: Tensor) -> Tensor:
-        repel = dense_logsumexp(torch.cat([z1, z2]) / TEMPERATURE**0.5, None, None).mean()
+        repel = dense_logsumexp(torch.cat([z1, z2]) / TEMPERATURE**0.5, None, 2 * len(z1), None).mean()
         return repel - (z1 * z2).sum(1).mean() / TEMPERATURE
 
     return total

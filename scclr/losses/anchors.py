@@ -72,17 +72,33 @@ class Anchors:
         z = self.z.view(len(self.here), -1, self.z.shape[1])  # [V, B, P]
         return torch.stack([(z * z.roll(-r, 0)).sum(2).flatten() for r in range(1, len(z))])
 
-    def repel(self, temperature: float | Tensor, without: Tensor | None = None, *, unit: bool = True) -> Tensor:
-        """log sum_k exp(s_ik / temperature), [VB], over the pool without the anchor itself.
-
-        Args:
-            without: int64 [VG], such as ``image``: keys whose value equals the anchor's are left out too.
-        """
+    def repel(self, temperature: float | Tensor) -> Tensor:
+        """log sum_k exp(s_ik / temperature), [VB], over the pool without the anchor itself."""
         if self.alone:
-            return row_logsumexp(self.z, temperature, ids=without, unit=unit)
-        key_ids = self.view if without is None else without
+            return row_logsumexp(self.z, temperature)
+        return row_logsumexp(self.z, temperature, ids=self.place, keys=self.pool, key_ids=self.view)
+
+    def negatives(self, temperature: float | Tensor, *, label: Tensor | None = None, unit: bool = True) -> Tensor:
+        """log sum_k exp(s_ik / temperature), [VB], over views of other images or, given ``label``, of other classes."""
+        if self.alone:
+            return row_logsumexp(self.z, temperature, period=self.images, ids=label, unit=unit)
+        key_ids = self.image if label is None else label
         ids = key_ids[self.place]
         return row_logsumexp(self.z, temperature, ids=ids, keys=self.pool, key_ids=key_ids, unit=unit)
+
+    def ntxent(self, temperature: float | Tensor, *, unit: bool = True) -> tuple[Tensor, Tensor]:
+        """(A_i, A_i + R_i) of NT-Xent, each [VB].
+
+        The sum is log(1 + exp(negatives - positives)) rather than a difference of large numbers, so it and its gradient
+        are accurate where positives are easy and both are small.
+        """
+        positives = self.positives() / temperature  # [V - 1, VB]
+        attract, own = -positives.mean(0), positives.logsumexp(0)  # [VB]
+        gap = self.negatives(temperature, unit=unit) - own
+        both = gap.logaddexp(torch.zeros_like(gap))
+        if len(positives) > 1:  # with one positive, own + attract is zero, but its gradient would be rounded
+            both = both + (own + attract)
+        return attract, both
 
 
 def _checked(name: str, labels: Tensor | None, images: int) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive
+from scclr.losses import Anchors, Loss, LossTerms, check_alpha, check_positive
 
 
 class BalancedLoss(Loss):
@@ -52,17 +52,15 @@ class BalancedLoss(Loss):
         self.similarity, self.rescale = similarity, rescale
 
     def terms(self, anchors: Anchors) -> LossTerms:
-        positives = anchors.positives() / self.temperature  # [V - 1, VB]
-        repel = anchors.repel(self.temperature, unit=self.similarity == "cosine")  # [VB]
-        terms = balance(self.alpha, -positives.mean(), repel.mean())
+        attract, both = anchors.ntxent(self.temperature, unit=self.similarity == "cosine")  # [VB]
+        repel = both - attract
+        each = 2 * ((1 - self.alpha) * both + (2 * self.alpha - 1) * attract)  # 2 (alpha A_i + (1 - alpha) R_i)
         if self.rescale == "attract":
-            return terms._replace(total=terms.total / (2 * self.alpha))
+            each = each / (2 * self.alpha)
         if self.rescale == "constant_force":
-            share = (positives - repel).detach().exp()  # [V - 1, VB], softmax of the positives
-            scale = _force(0.5, share) / _force(self.alpha, share)
-            each = (1 - self.alpha) * repel - self.alpha * positives.mean(0)  # [VB]
-            return terms._replace(total=2 * (scale * each).mean())
-        return terms
+            share = (anchors.positives() / self.temperature - repel).detach().exp()  # [V - 1, VB], the positives' p_ip
+            each = each * _force(0.5, share) / _force(self.alpha, share)
+        return LossTerms(each.mean(), attract.mean(), repel.mean())
 
 
 def _force(alpha: float, share: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class DebiasedLoss(Loss):
     def terms(self, anchors: Anchors) -> LossTerms:
         others = (anchors.images - 1) * len(anchors.here)
         positives = anchors.positives() / self.temperature  # [V - 1, VB]
-        mean = anchors.repel(self.temperature, anchors.image) - math.log(others)  # [VB]
+        mean = anchors.negatives(self.temperature) - math.log(others)  # [VB]
         negatives = true_negatives(mean, positives, self.class_prior, self.temperature)  # [V - 1, VB]
         repel = torch.logaddexp(positives, negatives + math.log(others))
         return balance(self.alpha, -positives.mean(), repel.mean())

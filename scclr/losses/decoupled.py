@@ -24,4 +24,4 @@ class DecoupledLoss(Loss):
 
     def terms(self, anchors: Anchors) -> LossTerms:
         attract = -anchors.positives().mean() / self.temperature
-        return balance(self.alpha, attract, anchors.repel(self.temperature, anchors.image).mean())
+        return balance(self.alpha, attract, anchors.negatives(self.temperature).mean())

@@ -34,11 +34,8 @@ class HardNegativeLoss(Loss):
     def terms(self, anchors: Anchors) -> LossTerms:
         log_others = math.log((anchors.images - 1) * len(anchors.here))
         positives = anchors.positives() / self.temperature  # [V - 1, VB]
-        mean = anchors.repel(self.temperature / (1 + self.hardness), anchors.image)  # [VB]
-        if self.hardness > 0:
-            mean = mean - anchors.repel(self.temperature / self.hardness, anchors.image)
-        else:
-            mean = mean - log_others
+        weights = anchors.negatives(self.temperature / self.hardness) if self.hardness > 0 else log_others
+        mean = anchors.negatives(self.temperature / (1 + self.hardness)) - weights  # [VB]
         negatives = true_negatives(mean, positives, self.class_prior, self.temperature)  # [V - 1, VB]
         repel = torch.logaddexp(positives, negatives + log_others)
         return balance(self.alpha, -positives.mean(), repel.mean())

@@ -27,5 +27,5 @@ class NSCLLoss(Loss):
 
     def terms(self, anchors: Anchors) -> LossTerms:
         attract = -anchors.positives().mean() / self.temperature
-        repel = anchors.repel(self.temperature, anchors.label).mean()
+        repel = anchors.negatives(self.temperature, label=anchors.label).mean()
         return balance(self.alpha, attract, repel)

@@ -18,6 +18,5 @@ class NTXentLoss(Loss):
         self.temperature = temperature
 
     def terms(self, anchors: Anchors) -> LossTerms:
-        attract = -(anchors.positives() / self.temperature).mean()
-        repel = anchors.repel(self.temperature).mean()
-        return LossTerms(attract + repel, attract, repel)
+        attract, both = anchors.ntxent(self.temperature)  # [VB]
+        return LossTerms(both.mean(), attract.mean(), (both - attract).mean())

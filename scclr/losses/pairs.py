@@ -44,15 +44,16 @@ def row_logsumexp(
     z: Tensor,
     temperature: float | Tensor,
     *,
+    period: int | None = None,
     ids: Tensor | None = None,
     keys: Tensor | None = None,
     key_ids: Tensor | None = None,
     unit: bool = True,
     tile: int | None = None,
 ) -> Tensor:
-    """log sum_k exp(<z_i, key_k> / temperature) for every row i, [N]; -inf (and NaN gradients) where no k is left.
+    """log sum_k exp(<z_i, key_k> / temperature) for every row i, [N]; -inf, with no gradient, where no k is left.
 
-    Without ``keys`` the rows are their own keys, and k runs over k != i.
+    Without ``keys`` the rows are their own keys, and k runs over k != i, or over k != i modulo ``period``.
 
     Exponentials are summed as they are where ``unit`` rows bound every logit by 1 / temperature and half of the dtype's
     range holds it (temperature >= 0.023 in float32: neither overflow nor underflow for any number of rows), else
@@ -61,6 +62,7 @@ def row_logsumexp(
 
     Args:
         z: rows [N, P]. bfloat16 and float16 are computed in float32.
+        period: how many images the rows hold, one view after the other, where views of one image are left out.
         ids, key_ids: int64 [N] and [M]; pairs with equal ids are left out. Without ``keys``, ``ids`` serves both.
         unit: the rows of ``z`` and ``keys`` have length at most one.
     """
@@ -70,16 +72,16 @@ def row_logsumexp(
     # Scaled rows make the logits, and the temperature's gradient, at the cost of one [N, P] pass.
     rows = z / (temperature if keys is not None else temperature**0.5)
     pair_ids = None if ids is None else (ids, ids if key_ids is None else key_ids)
-    return _LogSumExp.apply(rows, keys, pair_ids, plain, tile or tile_of(z.device))
+    return _LogSumExp.apply(rows, keys, period or len(z), pair_ids, plain, tile or tile_of(z.device))
 
 
-def dense_logsumexp(rows: Tensor, keys: Tensor | None, ids: Ids) -> Tensor:
-    """The same in O(N M) memory, by automatic differentiation."""
+def dense_logsumexp(rows: Tensor, keys: Tensor | None, period: int, ids: Ids) -> Tensor:
+    """The same of scaled rows in O(N M) memory, by automatic differentiation."""
     with full_precision(rows.device):
         logits = rows @ (rows if keys is None else keys).T  # [N, M]
     if keys is None:
-        self_pair = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
-        logits = logits.masked_fill(self_pair, -math.inf)
+        image = torch.arange(len(rows), device=rows.device) % period
+        logits = logits.masked_fill(image.unsqueeze(1) == image, -math.inf)
     if ids is not None:
         logits = logits.masked_fill(ids[0].unsqueeze(1) == ids[1], -math.inf)
     return logits.logsumexp(1)
@@ -88,8 +90,8 @@ def dense_logsumexp(rows: Tensor, keys: Tensor | None, ids: Ids) -> Tensor:
 class _Tiles:
     """Tiles of logits, each in the same buffer; of the upper triangle where the rows are their own keys."""
 
-    def __init__(self, rows: Tensor, keys: Tensor | None, ids: Ids, tile: int) -> None:
-        self.rows, self.keys, self.ids, self.tile = rows, rows if keys is None else keys, ids, tile
+    def __init__(self, rows: Tensor, keys: Tensor | None, period: int, ids: Ids, tile: int) -> None:
+        self.rows, self.keys, self.period, self.ids, self.tile = rows, rows if keys is None else keys, period, ids, tile
         self.symmetric = keys is None
         self.buffer = rows.new_empty(min(tile, len(rows)) * min(tile, len(self.keys)))
 
@@ -100,10 +102,13 @@ class _Tiles:
             i = slice(a, min(a + t, n))
             for b in range(a if self.symmetric else 0, m, t):
                 j = slice(b, min(b + t, m))
-                logits = self.buffer[: (i.stop - a) * (j.stop - b)].view(i.stop - a, j.stop - b)
+                height, width = i.stop - a, j.stop - b
+                logits = self.buffer[: height * width].view(height, width)
                 torch.mm(self.rows[i], self.keys[j].T, out=logits)  # out= and in-place products ignore autocast
-                if self.symmetric and a == b:
-                    logits.fill_diagonal_(-math.inf)
+                if self.symmetric:  # k - i is a multiple of the period on these diagonals, often on none
+                    lowest = (a - b + height - 1) % self.period + 1 - height
+                    for diagonal in range(lowest, width, self.period):
+                        logits.diagonal(diagonal).fill_(-math.inf)
                 if self.ids is not None:
                     logits.masked_fill_(self.ids[0][i].unsqueeze(1) == self.ids[1][j], -math.inf)
                 yield i, j, self.symmetric and a != b, logits
@@ -113,9 +118,9 @@ class _LogSumExp(torch.autograd.Function):
     """``plain``: sums of exponentials as they are; else log-sum-exps, added in the log domain."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, keys: Tensor | None, ids: Ids, plain: bool, tile: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, keys: Tensor | None, period: int, ids: Ids, plain: bool, tile: int) -> Tensor:
         sums = rows.new_full((len(rows),), 0 if plain else -math.inf)
-        for i, j, mirror, logits in _Tiles(rows, keys, ids, tile):
+        for i, j, mirror, logits in _Tiles(rows, keys, period, ids, tile):
             if plain:
                 logits.exp_()
                 sums[i] += logits.sum(1)
@@ -126,7 +131,7 @@ class _LogSumExp(torch.autograd.Function):
                 if mirror:
                     sums[j] = sums[j].logaddexp(logits.logsumexp(0))
         ctx.save_for_backward(rows, keys, sums)
-        ctx.ids, ctx.plain, ctx.tile = ids, plain, tile
+        ctx.period, ctx.ids, ctx.plain, ctx.tile = period, ids, plain, tile
         return sums.log() if plain else sums
 
     @staticmethod
@@ -137,19 +142,21 @@ class _LogSumExp(torch.autograd.Function):
         if torch.is_grad_enabled():  # the caller asked for a gradient that can be differentiated again
             needed = [x for x, need in zip((rows, keys), ctx.needs_input_grad, strict=False) if need]
             with full_precision(rows.device):
-                found = list(torch.autograd.grad(dense_logsumexp(rows, keys, ctx.ids), needed, w, create_graph=True))
+                dense = dense_logsumexp(rows, keys, ctx.period, ctx.ids)
+                found = list(torch.autograd.grad(dense, needed, w, create_graph=True))
             to_rows, to_keys = (found.pop(0) if need else None for need in ctx.needs_input_grad[:2])
         else:
             to_rows, to_keys = torch.zeros_like(rows), None if keys is None else torch.zeros_like(keys)
             _accumulate(to_rows, to_rows if to_keys is None else to_keys, ctx, w)
-        return to_rows, to_keys, None, None, None
+        return to_rows, to_keys, None, None, None, None
 
 
 def _accumulate(to_rows: Tensor, to_keys: Tensor, ctx: Any, w: Tensor) -> None:
     """Add the gradients with respect to rows and keys, which are one tensor where the rows are their own keys."""
     rows, keys, sums = ctx.saved_tensors
-    tiles = _Tiles(rows, keys, ctx.ids, ctx.tile)
-    share, scratch = w / sums, torch.empty_like(tiles.buffer)
+    tiles = _Tiles(rows, keys, ctx.period, ctx.ids, ctx.tile)
+    share, scratch = torch.where(sums == 0, 0, w / sums), torch.empty_like(tiles.buffer)
+    sums = sums.masked_fill(sums == -math.inf, 0)  # a row without keys has no gradient
     for i, j, mirror, tile in tiles:
         if ctx.plain:  # w_i p_ik + w_k p_ki = exp(l_ik) (w_i / S_i + w_k / S_k)
             both = scratch[: tile.numel()].view_as(tile)
