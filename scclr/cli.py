@@ -222,13 +222,11 @@ def explain(error: Exception) -> str:
     import hydra
     from omegaconf import OmegaConf
 
-    from scclr.config import did_you_mean
+    from scclr.config import unknown_key
 
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if unknown := re.match(r"Could not override '([^']*)'", lines[0]):
-        key = unknown[1]
-        known = list(keys(OmegaConf.to_container(hydra.compose("train"))))
-        return f"{key}: no such key{did_you_mean(key, known) or '; `scclr train --help` lists the keys'}"
+        return unknown_key(unknown[1], list(keys(OmegaConf.to_container(hydra.compose("train")))))
     if lines[0].startswith("Error merging override") and (cause := error.__cause__) is not None:
         return f"{lines[0].removeprefix('Error merging override ')}: {str(cause).strip().splitlines()[0]}"
     if word := re.match(r"Error parsing override '([^']*)'", lines[0]):

@@ -50,6 +50,13 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """What to say of a key that nobody reads."""
+    if "accumul" in key:
+        return f"{key}: adding up small batches adds no negatives; type pretrain.micro_batch=... for the whole gradient"
+    return f"{key}: no such key{did_you_mean(key, known) or '; `scclr train --help` lists the keys'}"
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ``UserError(message)`` unless ``condition``."""
     if not condition:
@@ -302,7 +309,7 @@ def _refuse_unknown(config: DictConfig, schema: type, prefix: str) -> None:
     """OmegaConf accepts ``+typo=1`` beside a schema; nothing would read it."""
     known = {f.name: f.type for f in fields(schema)}
     for key in map(str, config):
-        require(key in known, f"{prefix}{key}: no such key{did_you_mean(key, known)}")
+        require(key in known, f"{prefix}{unknown_key(key, known)}")
         if is_dataclass(nested := known[key]) and isinstance(value := config[key], DictConfig):
             _refuse_unknown(value, typing.cast(type, nested), f"{prefix}{key}.")
 

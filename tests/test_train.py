@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY, run_folders
 
+from scclr.config import conf_dir
 from scclr.train import claimed
 
 Run = Callable[..., int]
@@ -179,6 +180,69 @@ def test_a_failed_point_does_not_stop_the_sweep(scclr: Run, folder: Path, capsys
     assert scclr("train", "-m", "pretrain.batch_size=5000,64", *[w for w in TINY if "batch" not in w]) == 1
     assert "larger than the 255 images" in capsys.readouterr().err
     assert len(list((folder / "runs").glob("*/*/result.json"))) == 1
+
+
+@pytest.mark.parametrize("loss", sorted(path.stem for path in (conf_dir() / "loss").glob("*.yaml")))
+def test_every_loss_trains(loss: str, scclr: Run, folder: Path) -> None:
+    assert scclr("train", f"loss={loss}", *TINY) == 0
+    (run,) = run_folders(folder)
+    assert result_of(run)["oracle"] == (loss in ("nscl", "prototype", "supcon"))
+    assert result_of(run)["metrics"]["probe/logreg/top1"] > 0.5
+
+
+def test_a_balance_schedule_is_followed(scclr: Run, folder: Path) -> None:
+    schedule = ["alpha=0.2", "alpha_schedule=linear", "alpha_end=0.7", "pretrain.log_every=1", "stages=[pretrain]"]
+    assert scclr("train", *TINY, *schedule) == 0
+    (run,) = run_folders(folder)
+    assert [row["pretrain/alpha"] for row in rows_of(run)] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    for row in rows_of(run):
+        alpha, attract, repel = (row[f"pretrain/{name}"] for name in ("alpha", "attract", "repel"))
+        assert row["pretrain/loss"] == pytest.approx(2 * (alpha * attract + (1 - alpha) * repel), rel=1e-5)
+    assert "alpha0.2to0.7" in run.name
+
+
+def test_embeddings_without_normalisation(scclr: Run, folder: Path) -> None:
+    assert scclr("train", "projector.normalize=false", "loss.similarity=dot", "alpha=0.5", *TINY) == 0
+    (run,) = run_folders(folder)
+    assert all(math.isfinite(value) for row in rows_of(run) for value in row.values())
+
+
+def test_the_running_prototypes_are_resumed(scclr: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = ["loss=prototype", "loss.momentum=0.9", "stages=[pretrain]", "pretrain.checkpoint_seconds=0", *TINY]
+    assert scclr("train", "runs=whole", *line) == 0
+    import scclr.train as train
+
+    save = train.save
+
+    def killed(path: Path, state: dict) -> None:
+        save(path, state)
+        if state["step"] == 4:
+            monkeypatch.setattr(train, "save", save)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save", killed)
+    assert scclr("train", "runs=parts", *line) == 130
+    assert scclr("train", "runs=parts", *line) == 0
+    (whole,), (parts,) = (list((folder / name / "default").glob("*/")) for name in ("whole", "parts"))
+    assert rows_of(whole) == rows_of(parts)
+
+
+def test_supervised_losses_need_labels(
+    scclr: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scclr.datasets import ImageSet
+    from scclr.datasets.digits import Digits
+
+    read = Digits.read
+
+    def unlabelled(self: Digits):  # type: ignore[no-untyped-def]
+        parts = read(self)
+        return parts._replace(unlabelled=ImageSet(parts.train.images, torch.full_like(parts.train.labels, -1)))
+
+    monkeypatch.setattr(Digits, "read", unlabelled)
+    assert scclr("train", "loss=supcon", *TINY) == 1
+    assert "loss=supcon reads labels" in capsys.readouterr().err
+    assert scclr("train", *TINY) == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
