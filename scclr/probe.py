@@ -80,11 +80,11 @@ def probe(represent: Callable[[ImageSet], Tensor], splits: Splits, config: Probe
     classes = len(splits.classes)
     l2 = choose_l2(train, y, validation, y_validation, classes, config.l2, config.max_iter)
     both, y_both = torch.cat([train, validation]), torch.cat([y, y_validation])
-    scale = Standardise(both)
-    fit = fit_logreg(scale(both), y_both, classes, l2, config.max_iter)
+    axes = PrincipalAxes(both)
+    fit = fit_logreg(axes(both), y_both, classes, l2, config.max_iter)
     return ProbeResult(
         {
-            "probe/logreg/top1": top1(scale(test), y_test, fit),
+            "probe/logreg/top1": top1(axes(test), y_test, fit),
             f"knn/k{config.knn_k}/top1": knn_top1(
                 both, y_both, test, y_test, classes, k=config.knn_k, temperature=config.knn_temperature
             ),
@@ -93,24 +93,30 @@ def probe(represent: Callable[[ImageSet], Tensor], splits: Splits, config: Probe
     )
 
 
-class Standardise:
-    """(x - mean) / std by the statistics of ``x`` [N, D], in float64; constant features become 0."""
+class PrincipalAxes:
+    """(x - mean) / std by the statistics of ``x`` [N, D], in float64, rotated to its principal axes.
+
+    A rotation changes neither the penalty nor the fit; uncorrelated axes are what makes ``fit_logreg`` fast. Constant
+    features become 0.
+    """
 
     def __init__(self, x: Tensor) -> None:
         x = x.double()
         self.mean, std = x.mean(0), x.std(0, correction=0)
         self.scale = torch.where(std > 1e-12, 1 / std.clamp_min(1e-12), 0.0)
+        standard = (x - self.mean) * self.scale
+        self.axes = torch.linalg.eigh(standard.T @ standard / len(x)).eigenvectors  # [D, D]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return (x.double() - self.mean) * self.scale
+        return ((x.double() - self.mean) * self.scale) @ self.axes
 
 
 def choose_l2(
     x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor, classes: int, l2: Sequence[float], max_iter: int
 ) -> float:
     """The strength of the best validation accuracy; of equals the strongest. Each fit starts from the last one's."""
-    scale = Standardise(x)
-    x, x_validation = scale(x), scale(x_validation)
+    axes = PrincipalAxes(x)
+    x, x_validation = axes(x), axes(x_validation)
     best, chosen, fit = -1.0, 0.0, None
     for strength in sorted(l2, reverse=True):
         fit = fit_logreg(x, y, classes, strength, max_iter, fit)
@@ -121,34 +127,44 @@ def choose_l2(
 
 
 def fit_logreg(x: Tensor, y: Tensor, classes: int, l2: float, max_iter: int, start: Tensor | None = None) -> Tensor:
-    """Minimise ``mean cross-entropy + l2/2 |W|^2`` by L-BFGS; the bias, the last row, is not penalised.
+    """Minimise ``mean cross-entropy + l2/2 |W|^2`` by L-BFGS; the bias, the last column, is not penalised.
+
+    The search runs in ``V = W / step``, ``step = (var(x) / 4 + l2)^-1/2``, a bound on the curvature along each feature:
+    the minimum is the same, and with uncorrelated features it takes some tens of iterations instead of hundreds.
 
     Args:
         x: float64 [N, D]; y: int64 [N].
         start: a solution to start from instead of zero.
 
     Returns:
-        [D + 1, K]. In scikit-learn's terms l2 is 1 / (C N).
+        [K, D + 1]. In scikit-learn's terms l2 is 1 / (C N).
     """
-    weights = torch.zeros(x.shape[1] + 1, classes, dtype=x.dtype, device=x.device) if start is None else start.clone()
-    weights.requires_grad_()
+    step = torch.cat([(x.var(0, correction=0) / 4 + l2).rsqrt(), x.new_ones(1)])  # [D + 1]
+    scaled = torch.zeros(classes, len(step), dtype=x.dtype, device=x.device) if start is None else start / step
+    scaled.requires_grad_()
     solver = torch.optim.LBFGS(
-        [weights], max_iter=max_iter, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        [scaled], max_iter=max_iter, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
     )
 
     def objective() -> Tensor:
         solver.zero_grad()
-        value = F.cross_entropy(torch.addmm(weights[-1], x, weights[:-1]), y) + l2 / 2 * weights[:-1].square().sum()
+        weights = scaled * step
+        value = F.cross_entropy(logits(x, weights), y) + l2 / 2 * weights[:, :-1].square().sum()
         value.backward()
         return value
 
     solver.step(objective)
-    return weights.detach()
+    return (scaled * step).detach()
+
+
+def logits(x: Tensor, weights: Tensor) -> Tensor:
+    """x [N, D] by linear ``weights`` [K, D + 1], [N, K]."""
+    return F.linear(x, weights[:, :-1], weights[:, -1])
 
 
 def top1(x: Tensor, y: Tensor, weights: Tensor) -> float:
-    """Accuracy of linear ``weights`` [D + 1, K] on x [N, D]."""
-    return (torch.addmm(weights[-1], x, weights[:-1]).argmax(1) == y).double().mean().item()
+    """Accuracy of linear ``weights`` [K, D + 1] on x [N, D]."""
+    return (logits(x, weights).argmax(1) == y).double().mean().item()
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from scclr.datasets.digits import Digits
 from scclr.encoders.convnet import ConvNet
 from scclr.model import Model
 from scclr.probe import (
-    Standardise,
+    PrincipalAxes,
     choose_l2,
     encoder_hash,
     features,
@@ -56,12 +56,12 @@ def test_logistic_regression_is_scikit_learns(l2: float) -> None:
     theirs = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=2000).fit(x, y)
 
     def objective(weights: torch.Tensor) -> float:
-        logits = torch.addmm(weights[-1], x, weights[:-1])
-        return (F.cross_entropy(logits, y) + l2 / 2 * weights[:-1].square().sum()).item()
+        logits = x @ weights[:, :-1].T + weights[:, -1]
+        return (F.cross_entropy(logits, y) + l2 / 2 * weights[:, :-1].square().sum()).item()
 
-    reference = torch.from_numpy(np.vstack([theirs.coef_.T, theirs.intercept_]))
+    reference = torch.from_numpy(np.column_stack([theirs.coef_, theirs.intercept_]))
     assert objective(ours) == pytest.approx(objective(reference), rel=1e-7)
-    torch.testing.assert_close(ours[:-1], reference[:-1], atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(ours[:, :-1], reference[:, :-1], atol=1e-3, rtol=1e-2)
     assert top1(x, y, ours) == pytest.approx(theirs.score(x, y), abs=1 / len(x))
     warm = fit_logreg(x, y, 4, l2, 500, start=fit_logreg(x, y, 4, 1.0, 500))
     assert objective(warm) == pytest.approx(objective(reference), rel=1e-7)
@@ -72,16 +72,20 @@ def test_strength_is_chosen_on_validation_and_ties_go_to_the_strongest() -> None
     x_validation, y_validation = blobs(400, 20)[0], blobs(400, 20)[1]
     grid = [1e-6, 1e-3, 1e-1, 1.0, 10.0]
     chosen = choose_l2(x, y, x_validation, y_validation, 4, grid, 200)
-    scale = Standardise(x)
-    scores = {l2: top1(scale(x_validation), y_validation, fit_logreg(scale(x), y, 4, l2, 200)) for l2 in grid}
+    axes = PrincipalAxes(x)
+    scores = {l2: top1(axes(x_validation), y_validation, fit_logreg(axes(x), y, 4, l2, 200)) for l2 in grid}
     assert scores[chosen] >= max(scores.values()) - 0.01
     apart = torch.tensor([[-1.0], [1.0]]).double().repeat(10, 1), torch.tensor([0, 1]).repeat(10)
     assert choose_l2(*apart, *apart, 2, grid, 50) == 10.0
 
 
-def test_standardise() -> None:
-    x = torch.tensor([[1.0, 5.0, 2.0], [3.0, 5.0, 4.0]])
-    assert torch.equal(Standardise(x)(x), torch.tensor([[-1.0, 0.0, -1.0], [1.0, 0.0, 1.0]]).double())
+def test_principal_axes_are_a_rotation_of_standardised_features() -> None:
+    x = torch.cat([blobs()[0], torch.full((300, 1), 5.0)], 1)  # the last is constant
+    turned = PrincipalAxes(x)(x)
+    standard = (x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-9)
+    torch.testing.assert_close(turned @ turned.T, standard @ standard.T, atol=1e-9, rtol=1e-9)
+    covariance = turned.T @ turned / len(x)
+    torch.testing.assert_close(covariance, covariance.diag().diag(), atol=1e-9, rtol=0)
 
 
 def test_knn_is_the_weighted_vote() -> None:
