@@ -1,7 +1,9 @@
-"""Files that are either whole or not there: ``last.pt`` and the JSON and YAML of a run folder."""
+"""A run folder and its files, which are either whole or not there."""
 
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,3 +54,29 @@ def load(source: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"model", "config"} <= state.keys():
         raise UserError(f"{path}: not a checkpoint of scclr (no 'model' and 'config' in it); give a run's last.pt")
     return state
+
+
+@contextmanager
+def claimed(directory: Path, overwrite: bool) -> Iterator[None]:
+    """The run folder, made if need be and held against other processes; emptied of an older run if ``overwrite``.
+
+    Raises:
+        UserError: it cannot be written, or another process is in it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{directory}: cannot write there ({error.strerror}); type runs=<a folder of yours>") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, also after a crash
+        except OSError as error:
+            raise UserError(f"{directory}: another process is at work on this run; wait for it") from error
+        if overwrite:
+            for name in ("result.json", "last.pt", "metrics.jsonl"):
+                (directory / name).unlink(missing_ok=True)
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{directory}: {one_line(error)}; free space and type the command again") from error

@@ -294,6 +294,8 @@ def resolve(config: DictConfig) -> TrainConfig:
 
 def adopt(config: TrainConfig, saved: Mapping[str, Any]) -> TrainConfig:
     """``config`` with what defines the encoder taken from ``saved``, the configuration inside a checkpoint."""
+    missing = [key for key in ADOPTED if key not in saved]
+    require(not missing, f"init_from={config.init_from}: an older scclr wrote it, without {', '.join(missing)}")
     return resolve(OmegaConf.create({**asdict(config), **{key: saved[key] for key in ADOPTED}}))
 
 

@@ -4,6 +4,7 @@ import json
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from scclr.checkpoint import write_atomic
 from scclr.config import TrackingConfig, UserError, one_line
 
+PLAIN_SECONDS = 30  # between two lines of progress where there is no terminal for a bar
 SHOWN = {"loss": "loss", "attract": "A", "repel": "R", "knn": "kNN", "lr": "lr", "images_per_second": "img/s"}
 
 
@@ -54,15 +56,13 @@ class RunLog:
 
     def progress(self, start: int, total: int, epochs: int) -> None:
         """Show a bar of steps on standard error; where that is no terminal, a line every half minute."""
-        live = sys.stderr.isatty()
-        self.epochs = epochs
+        self.epochs, self.total, self.shown = epochs, total, time.monotonic()
         self.bar = tqdm(
             total=total,
             initial=start,
             desc="pretrain",
-            unit="step",
             dynamic_ncols=True,
-            mininterval=0.1 if live else 30,
+            disable=not sys.stderr.isatty(),
             bar_format="{desc} {percentage:3.0f}% |{bar:12}| {elapsed}<{remaining}{postfix}",
         )
 
@@ -76,9 +76,13 @@ class RunLog:
         if self.bar is not None:
             shown = {name: self.latest.get(f"pretrain/{key}") for key, name in SHOWN.items()}
             figures = " ".join(f"{name} {_short(value)}" for name, value in shown.items() if value is not None)
-            epoch = f"epoch {self.latest['pretrain/epoch']:.3g}/{self.epochs}"
-            self.bar.set_postfix_str(f"{epoch} {figures}", refresh=False)
-            self.bar.update(step - self.bar.n)
+            figures = f"epoch {self.latest['pretrain/epoch']:.3g}/{self.epochs} {figures}"
+            if not self.bar.disable:
+                self.bar.set_postfix_str(figures, refresh=False)
+                self.bar.update(step - self.bar.n)
+            elif time.monotonic() - self.shown >= PLAIN_SECONDS or step == self.total:
+                print(f"pretrain {100 * step / self.total:3.0f}% {figures}", file=sys.stderr)
+                self.shown = time.monotonic()
 
     def end_progress(self) -> None:
         """Leave the bar as it stands, so that other lines can follow."""

@@ -1,18 +1,14 @@
 """The entry point of training: composed YAML -> typed configuration -> stages -> ``result.json``."""
 
 import copy
-import fcntl
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import traceback
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from scclr.checkpoint import load, save, write_atomic
+from scclr.checkpoint import claimed, load, save, write_atomic
 from scclr.config import (
     TrainConfig,
     UserError,
@@ -43,6 +39,7 @@ from scclr.model import Model
 from scclr.optim import describe
 from scclr.pretrain import anneal, precision_of, pretrain
 from scclr.probe import features, knn_top1, probe_encoder, probe_pixels
+from scclr.result import hint, machine, summary, versions
 from scclr.tracking import RunLog
 
 BATCH_NORM_CAVEAT = (
@@ -56,12 +53,17 @@ def main(composed: DictConfig) -> None:
     try:
         config = resolve(composed)
         refuse_ignored(config, HydraConfig.get().overrides.task)
-        run(config)
+        try:
+            run(config)
+        except torch.OutOfMemoryError as error:
+            advice = "type pretrain.micro_batch=64, which keeps the gradient, or a smaller pretrain.batch_size"
+            raise UserError(f"{one_line(error)}; {advice}") from error
     except UserError as error:
         print(f"scclr train: error: {error}", file=sys.stderr)
         if HydraConfig.get().mode == RunMode.RUN:
             raise SystemExit(1) from error
-        raise  # the sweep goes on, and fails at its end
+        traceback.clear_frames(error.__traceback__)  # a sweep keeps it to its end, and must not keep its tensors
+        raise
 
 
 def check(config: TrainConfig) -> None:
@@ -324,79 +326,3 @@ def pick_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     require(name != "cuda" or available, "device=cuda: PyTorch finds no CUDA device here; type device=cpu")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
-
-
-@contextmanager
-def claimed(directory: Path, overwrite: bool) -> Iterator[None]:
-    """The run folder, made if need be and held against other processes; emptied of an older run if ``overwrite``.
-
-    Raises:
-        UserError: it cannot be written, or another process is in it.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{directory}: cannot write there ({error.strerror}); type runs=<a folder of yours>") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, also after a crash
-        except OSError as error:
-            raise UserError(f"{directory}: another process is at work on this run; wait for it") from error
-        if overwrite:
-            for name in ("result.json", "last.pt", "metrics.jsonl"):
-                (directory / name).unlink(missing_ok=True)
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{directory}: {one_line(error)}; free space and type the command again") from error
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Where the numbers were made."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "device": device.type,
-        "gpu": gpu,
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }
-
-
-def versions() -> dict[str, str | None]:
-    """Of what computes, and the git revision of this source tree, if it is one."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        revision = None
-    packages = ("scclr", "torch", "torchvision", "hydra-core", "numpy", "scikit-learn", "wandb")
-    return {"python": platform.python_version(), "git": revision, **{name: version(name) for name in packages}}
-
-
-def summary(result: dict[str, Any], directory: Path, note: str) -> str:
-    """The table at the end of a run."""
-    metrics = result["metrics"]
-    columns = [name for name in metrics if not name.startswith("baseline/")]
-    rows = {"pretrained": "", "untrained encoder": "baseline/untrained/", "raw pixels": "baseline/pixels/"}
-    lines = [""]
-    if columns:
-        lines.append(f"{'test accuracy, %':<18}" + "".join(f"{name:>20}" for name in columns))
-        for title, prefix in rows.items():
-            lines.append(f"{title:<18}" + "".join(f"{100 * metrics[prefix + name]:>20.2f}" for name in columns))
-        lines.append("")
-    seconds = result["seconds"]
-    spent = f"{seconds['total']:.0f} s: pretraining {seconds['pretrain']:.0f} s, probe {seconds['probe']:.0f} s"
-    lines += [f"run   {directory}", f"time  {spent}", f"next  {note}"]
-    return "\n".join(lines)
-
-
-def hint(config: TrainConfig) -> str:
-    """The command to type next."""
-    if "probe" not in config.stages:
-        return f"scclr train stages=[probe] init_from={config.directory}"
-    if config.tracking.mode == "offline":
-        return f"scclr train -m alpha=0.3,0.5,0.7 seed=0,1,2; wandb sync {config.directory}/wandb/offline-run-*"
-    return "scclr train -m alpha=0.3,0.5,0.7 seed=0,1,2"

@@ -16,8 +16,9 @@ import torch
 
 from scclr.config import build, conf_dir, resolve
 from scclr.datasets import ImageSet
+from scclr.distributed import World
 from scclr.pretrain import precision_of, pretrain
-from scclr.train import make_model, pick_device
+from scclr.train import make_loss, make_model, pick_device
 
 ROUNDS, STEPS = 9, 20
 SIZES = {"digits": 8, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32, "stl10": 96}
@@ -32,7 +33,7 @@ def main() -> None:
     images = torch.randint(0, 256, (STEPS * options.batch_size, len(source.mean), size, size), dtype=torch.uint8)
     data = ImageSet(images, torch.zeros(len(images), dtype=torch.int64)).to(device)
     model = make_model(config, source.mean, source.std, image_size=size).to(device)
-    loss, augment = build("loss", config.loss), build("augment", config.augment)
+    loss, augment = make_loss(config, classes=10), build("augment", config.augment)
     optimizer = build("optimizer", config.optimizer, model=model, batch_size=options.batch_size)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     dtype = precision_of(device, options.precision)
@@ -56,7 +57,8 @@ def main() -> None:
     def whole() -> None:
         pretrain(
             model, loss, augment, optimizer, scaler, data, options,
-            seed=0, start=0, log=lambda step, row: None, save=lambda step: None, knn=lambda: 0.0,
+            seed=0, start=0, world=World(), alpha=None,
+            log=lambda step, row: None, save=lambda step: None, knn=lambda: 0.0,
         )  # fmt: skip
 
     times: dict[str, list[float]] = {"bare": [], "whole": []}

@@ -17,7 +17,7 @@ LAYERS = [
     {"optim", "distributed"},
     {"pretrain"},
     {"probe"},
-    {"tracking"},
+    {"tracking", "result"},
     {"train"},
     {"cli"},
     {"__main__"},

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import TINY, run_folders
 
+from scclr.checkpoint import claimed
 from scclr.config import conf_dir
-from scclr.train import claimed
 
 Run = Callable[..., int]
 METRICS = {
