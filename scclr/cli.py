@@ -138,8 +138,8 @@ def train_help() -> str:
     """``scclr train --help``."""
     from scclr.config import TrainConfig
 
-    values = "\n".join(f"  {f.name:<12} {f.metadata['help']}" for f in fields(TrainConfig) if "help" in f.metadata)
-    choices = "\n".join(f"  {name:<12} {', '.join(stems)}" for name, stems in groups().items() if stems)
+    values = "\n".join(f"  {f.name:<15} {f.metadata['help']}" for f in fields(TrainConfig) if "help" in f.metadata)
+    choices = "\n".join(f"  {name:<15} {', '.join(stems)}" for name, stems in groups().items() if stems)
     return (
         "usage: scclr train [-m] [group=choice ...] [key=value ...]\n\n"
         "Pretrain an encoder, then evaluate it frozen; with -m, once for every combination of values.\n\n"
