@@ -9,14 +9,14 @@ from scclr.losses import Anchors, Loss, LossTerms, check_alpha, check_positive
 class BalancedLoss(Loss):
     """total = 2 (alpha A + (1 - alpha) R); alpha = 0.5 is NT-Xent exactly.
 
-    The balance of Lee (TMLR 2025, arXiv 2510.10572): ``(1 - alpha) / alpha`` is the weight of repulsion relative to
-    attraction there, and ``1 / temperature`` the sharpness of its log-sum-exp. The coefficients of A and R sum to 2 at
-    every alpha. Totals at different alpha are not comparable; A and R are.
+    The balance of Lee (TMLR 2025, arXiv 2510.10572), up to scale: ``lambda = (1 - alpha) / alpha`` weighs repulsion
+    relative to attraction, and ``1 / temperature`` is the sharpness of its log-sum-exp. The coefficients of A and R sum
+    to 2 at every alpha. Totals at different alpha are not comparable; A and R are.
 
     Does alpha act through the balance, or through the size of the gradient, as a learning rate would? ``rescale``
     multiplies the total to tell them apart:
 
-    - ``attract``: by 1 / (2 alpha): attraction has weight one, and repulsion (1 - alpha) / alpha, as in the paper.
+    - ``attract``: by 1 / (2 alpha): attraction has weight one, and repulsion lambda.
     - ``constant_force``: each anchor's part by c_i = F_i(1/2) / F_i(alpha), taken as a constant, where F_i(alpha) =
       sum_p |alpha / (V - 1) - (1 - alpha) p_ip| + (1 - alpha) sum_n p_in, over positives p and negatives n with softmax
       p_ik = exp(s_ik / tau - R_i), is tau / 2 times sum_k |d total_i / d s_ik|. So every anchor is pulled and pushed
