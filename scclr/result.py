@@ -58,5 +58,5 @@ def hint(config: TrainConfig) -> str:
     if "probe" not in config.stages:
         return f"scclr train stages=[probe] init_from={config.directory}"
     if config.tracking.mode == "offline":
-        return f"scclr train -m alpha=0.3,0.5,0.7 seed=0,1,2; wandb sync {config.directory}/wandb/offline-run-*"
+        return f"scclr train -m alpha=0.3,0.5,0.7 seed=0,1,2\n      wandb sync {config.directory}/wandb/offline-run-*"
     return "scclr train -m alpha=0.3,0.5,0.7 seed=0,1,2"
