@@ -117,7 +117,7 @@ def _start_wandb(
         identity.parent.mkdir(exist_ok=True)
         if not (resumed and identity.exists()):
             identity.write_text(secrets.token_hex(4))
-        for stale in identity.parent.glob(f"offline-run-*-{identity.read_text()}"):
+        for stale in identity.parent.glob("offline-run-*"):  # what it held is replayed, or was never checkpointed
             shutil.rmtree(stale)
     try:
         return wandb.init(

@@ -85,6 +85,7 @@ def test_a_resumed_run_is_one_run(tmp_path: Path) -> None:
     write(tmp_path, 0, {10: 5.0})
     assert [row["pretrain/loss"] for row in read_rows(tmp_path / "metrics.jsonl")] == [5.0]
     assert (tmp_path / "wandb" / "run-id").read_text() != first
+    assert [row["pretrain/loss"] for row in history(tmp_path)] == [5.0], "of a run begun anew nothing older is left"
 
 
 def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
