@@ -4,7 +4,7 @@ Dimensions: N images, D features, K classes.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from scclr.config import ProbeConfig
 from scclr.datasets import ImageSet, Splits
+from scclr.distributed import World
 from scclr.model import Model
 
 PIXELS = 32  # a side; the baseline on raw pixels sees no more than CIFAR's 3,072 values
@@ -37,14 +38,28 @@ def encoder_hash(encoder: nn.Module) -> str:
 
 
 @torch.no_grad()
-def features(model: Model, data: ImageSet, batch_size: int) -> Tensor:
-    """h [N, D] in float32 of un-augmented images, the model in eval mode; its mode is restored."""
+def features(model: Model, data: ImageSet, batch_size: int, world: World = World()) -> Tensor:  # noqa: B008
+    """h [N, D] in float32 of un-augmented images, the model in eval mode; its mode is restored.
+
+    Every process of ``world`` computes its share, and all of them have the whole.
+    """
     training = model.training
     model.eval()
     images = data.with_channels(model.channels).images
-    h = torch.cat([model.represent(part.float() / 255).float() for part in images.split(batch_size)])
+    rows = -(-len(images) // world.size)
+    own = images[world.rank * rows :][:rows]
+    h = torch.cat([model.represent(part.float() / 255).float() for part in own.split(batch_size)])
+    h = world.gather(F.pad(h, (0, 0, 0, rows - len(h))))[: len(images)]  # equal shares, the last one filled up
     model.train(training)
     return h
+
+
+def evaluated(model: Model, splits: Splits, config: ProbeConfig, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of the training, validation and test images."""
+    train, validation, test = (
+        features(model, part, config.batch_size, world) for part in (splits.train, splits.validation, splits.test)
+    )
+    return train, validation, test
 
 
 def pixels(data: ImageSet) -> Tensor:
@@ -55,27 +70,30 @@ def pixels(data: ImageSet) -> Tensor:
     return torch.cat([part.flatten(1) for part in parts])
 
 
-def probe_encoder(model: Model, splits: Splits, config: ProbeConfig) -> ProbeResult:
-    """The protocols on the frozen encoder of ``model``; asserts that evaluating did not change it."""
+def probe_encoder(model: Model, splits: Splits, config: ProbeConfig, world: World = World()) -> ProbeResult:  # noqa: B008
+    """The protocols on the frozen encoder of ``model``; asserts that evaluating did not change it.
+
+    The other processes of ``world`` call ``evaluated`` meanwhile.
+    """
     before = encoder_hash(model.encoder)
-    result = probe(lambda data: features(model, data, config.batch_size), splits, config)
+    result = probe(evaluated(model, splits, config, world), splits, config)
     assert encoder_hash(model.encoder) == before, "evaluation changed the encoder"
     return ProbeResult(result.metrics, result.l2, before)
 
 
 def probe_pixels(splits: Splits, config: ProbeConfig) -> ProbeResult:
     """The same protocols on raw pixels."""
-    return probe(pixels, splits, config)
+    return probe((pixels(splits.train), pixels(splits.validation), pixels(splits.test)), splits, config)
 
 
-def probe(represent: Callable[[ImageSet], Tensor], splits: Splits, config: ProbeConfig) -> ProbeResult:
-    """Logistic regression and kNN on what ``represent`` makes of the images.
+def probe(x: tuple[Tensor, Tensor, Tensor], splits: Splits, config: ProbeConfig) -> ProbeResult:
+    """Logistic regression and kNN on features ``x`` of the training, validation and test images.
 
     ``probe/logreg/top1``: features standardised, multinomial logistic regression; the L2 strength is chosen on the
     validation split, the model refitted on training and validation images and tested once. ``knn/k<k>/top1``: see
     ``knn_top1``, with training and validation images as neighbours.
     """
-    train, validation, test = (represent(part) for part in (splits.train, splits.validation, splits.test))
+    train, validation, test = x
     y, y_validation, y_test = (part.labels for part in (splits.train, splits.validation, splits.test))
     classes = len(splits.classes)
     l2 = choose_l2(train, y, validation, y_validation, classes, config.l2, config.max_iter)
