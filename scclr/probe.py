@@ -91,24 +91,29 @@ def probe(x: tuple[Tensor, Tensor, Tensor], splits: Splits, config: ProbeConfig)
 
     ``probe/logreg/top1``: features standardised, multinomial logistic regression; the L2 strength is chosen on the
     validation split, the model refitted on training and validation images and tested once. ``knn/k<k>/top1``: see
-    ``knn_top1``, with training and validation images as neighbours.
+    ``knn_predict``, with training and validation images as neighbours. Without ``splits.refit`` both are left with the
+    training images. Where classes have many, some or few of these, ``.../top1/many``, ``/medium`` and ``/few`` are the
+    means of the per-class accuracies of those classes (Liu et al. 2019, sec. 4).
     """
     train, validation, test = x
     y, y_validation, y_test = (part.labels for part in (splits.train, splits.validation, splits.test))
     classes = len(splits.classes)
     l2 = choose_l2(train, y, validation, y_validation, classes, config.l2, config.max_iter)
-    both, y_both = torch.cat([train, validation]), torch.cat([y, y_validation])
-    axes = PrincipalAxes(both)
-    fit = fit_logreg(axes(both), y_both, classes, l2, config.max_iter)
-    return ProbeResult(
-        {
-            "probe/logreg/top1": top1(axes(test), y_test, fit),
-            f"knn/k{config.knn_k}/top1": knn_top1(
-                both, y_both, test, y_test, classes, k=config.knn_k, temperature=config.knn_temperature
-            ),
-        },
-        l2,
-    )
+    if splits.refit:
+        train, y = torch.cat([train, validation]), torch.cat([y, y_validation])
+    axes = PrincipalAxes(train)
+    fit = fit_logreg(axes(train), y, classes, l2, config.max_iter)
+    k, temperature = config.knn_k, config.knn_temperature
+    predicted = {
+        "probe/logreg/top1": logits(axes(test), fit).argmax(1),
+        f"knn/k{k}/top1": knn_predict(train, y, test, classes, k=k, temperature=temperature),
+    }
+    metrics = {name: accuracy(classified, y_test) for name, classified in predicted.items()}
+    for group, members in splits.groups.items():
+        for name, classified in predicted.items():
+            own = class_accuracy(classified, y_test, classes)[members]
+            metrics[f"{name}/{group}"] = own.nanmean().item()
+    return ProbeResult(metrics, l2)
 
 
 class PrincipalAxes:
@@ -180,21 +185,37 @@ def logits(x: Tensor, weights: Tensor) -> Tensor:
     return F.linear(x, weights[:, :-1], weights[:, -1])
 
 
+def accuracy(predicted: Tensor, y: Tensor) -> float:
+    """The share of ``predicted`` [N] that is ``y`` [N]."""
+    return (predicted == y).double().mean().item()
+
+
+def class_accuracy(predicted: Tensor, y: Tensor, classes: int) -> Tensor:
+    """``accuracy`` on the images of each class, float64 [K]; NaN for a class without any."""
+    hits, images = (torch.bincount(labels, minlength=classes) for labels in (y[predicted == y], y))
+    return hits.double() / images
+
+
 def top1(x: Tensor, y: Tensor, weights: Tensor) -> float:
     """Accuracy of linear ``weights`` [K, D + 1] on x [N, D]."""
-    return (logits(x, weights).argmax(1) == y).double().mean().item()
+    return accuracy(logits(x, weights).argmax(1), y)
 
 
-@torch.no_grad()
 def knn_top1(
     bank: Tensor, y_bank: Tensor, queries: Tensor, y: Tensor, classes: int, *, k: int, temperature: float
 ) -> float:
-    """Accuracy of k nearest neighbours by cosine, votes weighted exp(cosine / temperature) (Wu et al. 2018)."""
+    """Accuracy of ``knn_predict`` on ``queries``."""
+    return accuracy(knn_predict(bank, y_bank, queries, classes, k=k, temperature=temperature), y)
+
+
+@torch.no_grad()
+def knn_predict(bank: Tensor, y_bank: Tensor, queries: Tensor, classes: int, *, k: int, temperature: float) -> Tensor:
+    """Classes [Q] by the k nearest of ``bank`` in cosine, votes weighted exp(cosine / temperature) (Wu et al. 2018)."""
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    hits = torch.zeros((), dtype=torch.int64, device=bank.device)
-    for part, truth in zip(queries.split(1024), y.split(1024), strict=True):
+    predicted = []
+    for part in queries.split(1024):
         cosine, nearest = (part @ bank.T).topk(min(k, len(bank)), dim=1)  # [1024, k]
         votes = torch.zeros(len(part), classes, dtype=bank.dtype, device=bank.device)
         votes.scatter_add_(1, y_bank[nearest], (cosine / temperature).exp())
-        hits += (votes.argmax(1) == truth).sum()
-    return hits.item() / len(queries)
+        predicted.append(votes.argmax(1))
+    return torch.cat(predicted)
