@@ -17,7 +17,7 @@ LAYERS = [
     {"optim", "distributed"},
     {"pretrain", "launch"},
     {"probe"},
-    {"tracking", "result"},
+    {"tracking", "result", "show"},
     {"train"},
     {"cli"},
     {"__main__"},
