@@ -15,6 +15,7 @@ LAYERS = [
     {"encoders", "model", "metrics", "checkpoint"},
     {"losses"},
     {"optim", "distributed"},
+    {"theory"},
     {"pretrain"},
     {"probe"},
     {"tracking", "result"},
