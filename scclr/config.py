@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
@@ -37,7 +38,7 @@ ADOPTED = (
     "pretrain",
 )
 # What may differ between two invocations of the same experiment: where files lie, on what it runs, who watches.
-VOLATILE = ("device", "runs", "experiment", "overwrite", "tracking")
+VOLATILE = ("device", "nproc", "deterministic", "runs", "experiment", "overwrite", "checkpoint", "tracking")
 
 
 class UserError(Exception):
@@ -104,11 +105,10 @@ class PretrainConfig:
     log_every: int = MISSING  # steps between two rows of metrics.jsonl
     knn_every: int = MISSING  # epochs between two kNN evaluations on the validation split; 0 = never
     knn_images: int = MISSING  # at most this many training images serve as neighbours
-    checkpoint_seconds: float = MISSING  # least time between two checkpoints, which are written on logged steps
 
     def __post_init__(self) -> None:
         require_least("pretrain", self, epochs=1, batch_size=2, warmup_epochs=0)
-        require_least("pretrain", self, log_every=1, knn_every=0, knn_images=1, checkpoint_seconds=0)
+        require_least("pretrain", self, log_every=1, knn_every=0, knn_images=1)
         if self.micro_batch is not None:
             require_least("pretrain", self, micro_batch=1)
         warmup, epochs = self.warmup_epochs, self.epochs
@@ -130,6 +130,29 @@ class ProbeConfig:
         require(min(self.l2, default=0) > 0, f"probe.l2={self.l2}: give one or more positive strengths")
         require_least("probe", self, max_iter=1, knn_k=1, batch_size=1)
         require(self.knn_temperature > 0, f"probe.knn_temperature={self.knn_temperature}: give a positive number")
+
+
+@dataclass
+class CheckpointConfig:
+    """When ``last.pt`` is written besides after the last step and on a signal."""
+
+    every: str = MISSING  # steps, as in 500, or time, as in 30s, 10min, 1h
+
+    def __post_init__(self) -> None:
+        known = re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?(s|min|h)", self.every)
+        require(known is not None, f"checkpoint.every={self.every}: give steps, as in 500, or time, as in 10min")
+
+    @property
+    def steps(self) -> int | None:
+        """Steps between two checkpoints; None where time counts."""
+        return int(self.every) if self.every.isdecimal() else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds between two checkpoints; None where steps count."""
+        units = {"s": 1, "min": 60, "h": 3600}
+        unit = self.every.lstrip("0123456789.")
+        return float(self.every.removesuffix(unit)) * units[unit] if unit else None
 
 
 @dataclass
@@ -157,6 +180,10 @@ class TrainConfig:
     alpha_end: float | None = field(default=None, metadata={"help": "balance at the end of an alpha_schedule"})
     seed: int = field(default=MISSING, metadata={"help": "initialisation, order of images and augmentation"})
     device: str = field(default=MISSING, metadata={"help": "auto | cpu | cuda"})
+    nproc: int = field(default=MISSING, metadata={"help": "processes of the run on this machine; one per GPU"})
+    deterministic: bool | None = field(
+        default=None, metadata={"help": "only kernels that repeat bit by bit; null: true on a CPU, false on CUDA"}
+    )
     stages: list[str] = field(default=MISSING, metadata={"help": "[pretrain,probe], or a part of it"})
     runs: str = field(default=MISSING, metadata={"help": "folder of all run folders"})
     experiment: str = field(default=MISSING, metadata={"help": "sub-folder of runs; +experiment=NAME loads a preset"})
@@ -170,11 +197,13 @@ class TrainConfig:
     optimizer: dict[str, Any] = MISSING
     pretrain: PretrainConfig = MISSING
     probe: ProbeConfig = MISSING
+    checkpoint: CheckpointConfig = MISSING
     tracking: TrackingConfig = MISSING
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"seed={self.seed}: give a whole number from 0")
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
+        require(self.nproc >= 1, f"nproc={self.nproc}: give at least 1")
         require(
             len(self.stages) > 0 and list(self.stages) == [s for s in STAGES if s in self.stages],
             f"stages=[{','.join(self.stages)}]: choose from [{','.join(STAGES)}], in this order",
@@ -226,8 +255,7 @@ class TrainConfig:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the run: the configuration without its volatile keys (paths, device, tracking)."""
-        plain = {key: value for key, value in asdict(self).items() if key not in VOLATILE}
-        plain["dataset"] = {key: value for key, value in plain["dataset"].items() if key != "root"}
+        plain = _identity(asdict(self))
         if self.init_from is not None:  # what is in the file, wherever it lies
             plain["init_from"] = hashlib.sha256(checkpoint_path(self.init_from).read_bytes()).hexdigest()
         return plain
@@ -297,6 +325,27 @@ def adopt(config: TrainConfig, saved: Mapping[str, Any]) -> TrainConfig:
     missing = [key for key in ADOPTED if key not in saved]
     require(not missing, f"init_from={config.init_from}: an older scclr wrote it, without {', '.join(missing)}")
     return resolve(OmegaConf.create({**asdict(config), **{key: saved[key] for key in ADOPTED}}))
+
+
+def refuse_other(config: TrainConfig, saved: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` if ``saved``, the configuration in a run folder, is of another run than ``config``."""
+    here, there = ({**_leaves(_identity(plain)), "init_from": None} for plain in (asdict(config), saved))
+    others = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
+    shown = ", ".join(f"{key}={there.get(key)} there, {here.get(key)} here" for key in others)
+    advice = "type experiment=<another folder>, or overwrite=true to discard what is there"
+    require(not others, f"{config.directory} holds another run ({shown}): {advice}")
+
+
+def _identity(plain: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in plain.items() if key not in VOLATILE}
+    return {**kept, "dataset": {key: value for key, value in kept["dataset"].items() if key != "root"}}
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def refuse_ignored(config: TrainConfig, overrides: Iterable[str]) -> None:

@@ -4,15 +4,24 @@ Dimensions: W processes; B images of a step here, G = W B in all; P embedding di
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+from scclr.config import UserError, one_line
+
+LOST = ("gloo", "NCCL", "Connection")  # in what a collective says when another process is gone
+GRACE = 2.0  # seconds; that process is the one that the launcher should name
 
 
 @dataclass(frozen=True)
@@ -45,28 +54,63 @@ class World:
             dist.all_reduce(x)
         return x
 
+    def most(self, value: int) -> int:
+        """The greatest ``value`` over processes, by way of their hosts: no device is waited for."""
+        if self.size == 1:
+            return value
+        values = torch.tensor([value])
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values)
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:
             dist.barrier()
 
     def replicate(self, model: nn.Module) -> nn.Module:
-        """``model`` with gradients averaged over processes, and on CUDA batch statistics shared by them."""
+        """``model`` with gradients averaged over processes and batch statistics shared by them."""
         if self.size == 1:
             return model
         device = next(model.parameters()).device
-        if device.type == "cuda":  # there is no such layer for a CPU
+        if device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        else:  # which PyTorch's refuses
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.forward = partial(_synchronised, module, self)  # type: ignore[method-assign]
         return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def _synchronised(norm: _BatchNorm, world: World, x: Tensor) -> Tensor:
+    """What ``norm`` makes of the batch [G, C, ...] of which ``x`` [B, C, ...] is a part; differentiable.
+
+    With mean m_r and variance v_r of each of W equal parts, the batch's are m = mean(m_r) and mean(v_r + (m_r - m)^2).
+    """
+    if not norm.training:
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    others = [dim for dim in range(x.ndim) if dim != 1]
+    own = torch.stack(torch.var_mean(x, others, correction=0))  # [2, C]
+    variances, means = world.gather(own.unsqueeze(0)).unbind(1)  # [W, C]
+    mean = means.mean(0)
+    variance = (variances + (means - mean).square()).mean(0)
+    if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        share = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+        n = x.numel() // x.shape[1] * world.size
+        norm.running_mean.lerp_(mean.detach(), share)
+        norm.running_var.lerp_(variance.detach() * n / (n - 1), share)
+    scale = (variance + norm.eps).rsqrt() * norm.weight
+    shape = [-1 if dim == 1 else 1 for dim in range(x.ndim)]
+    return (x - mean.view(shape)) * scale.view(shape) + norm.bias.view(shape)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = len(x)
-        out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out
+        everyone = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, x.contiguous())
+        return torch.cat(everyone)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -89,8 +133,12 @@ def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size()), device
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST):
+            raise
+        time.sleep(GRACE)
+        raise UserError(f"another process of this run ended ({one_line(error)})") from error
+    dist.destroy_process_group()  # after an error it might wait for those who are gone

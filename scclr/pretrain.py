@@ -1,6 +1,6 @@
 """Contrastive pretraining: one visible loop.
 
-Dimensions: G images a step, B of them in this process (B = G in a single one), P embedding dimensions.
+Dimensions: G images a step, B of them in this process (B = G in a single one), V views, P embedding dimensions.
 """
 
 import math
@@ -23,11 +23,29 @@ from scclr.distributed import World
 from scclr.losses import Keys, Loss, LossTerms
 from scclr.model import Model
 from scclr.optim import lr_factor, set_lr
+from scclr.preemption import Pace
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
     """The order of ``n`` images in an epoch, int64 [n]: a pure function of its arguments."""
     return torch.randperm(n, generator=generator(seed, epoch, stream=0))
+
+
+def batch_indices(seed: int, step: int, n: int, batch_size: int) -> Tensor:
+    """Which of ``n`` images ``step`` sees, int64 [G]."""
+    epoch, position = divmod(step, n // batch_size)
+    return epoch_order(seed, epoch, n)[position * batch_size : (position + 1) * batch_size]
+
+
+class NotFiniteError(UserError):
+    """The loss was not finite at ``step``."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"the loss is not finite at step {step}: lower optimizer.lr, raise loss.temperature or type "
+            "pretrain.precision=fp32; crash.pt holds the weights and the batch"
+        )
+        self.step = step
 
 
 def precision_of(device: torch.device, precision: str) -> torch.dtype:
@@ -73,7 +91,7 @@ def train_step(
     encoder again part by part on the same views. Adding up losses of small batches would add no negatives.
 
     Returns:
-        The terms of this process's anchors and the embeddings of all [2, G, P], detached.
+        The terms of this process's anchors and the embeddings of all [V, G, P], detached.
     """
     images = world.share(batch.images)  # [B, C, H, W]
     first = world.rank * len(images)
@@ -84,19 +102,19 @@ def train_step(
         if dtype != torch.float32:
             mixed = torch.autocast(images.device.type, dtype)
         with mixed:
-            _, z = forward(views.contiguous(memory_format=layout))  # [2 part, P], unit rows, float32
-        return z.unflatten(0, (2, -1))  # [2, part, P]
+            _, z = forward(views.contiguous(memory_format=layout))  # [V part, P], unit rows, float32
+        return z.unflatten(0, (-1, part.stop - part.start))  # [V, part, P]
 
     size = micro_batch or len(images)
     parts = [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
     optimizer.zero_grad(set_to_none=True)
     if len(parts) == 1:
-        z = embed(parts[0])  # [2, B, P]
+        z = embed(parts[0])  # [V, B, P]
     else:
         with torch.no_grad():
             z = torch.cat([embed(part) for part in parts], 1)
         z.requires_grad_()
-    everyone = world.gather(z.transpose(0, 1)).transpose(0, 1)  # [2, G, P]
+    everyone = world.gather(z.transpose(0, 1)).transpose(0, 1)  # [V, G, P]
     keys = None if world.size == 1 else Keys(tuple(everyone), batch.labels, first)
     terms = loss(*z, labels=world.share(batch.labels), keys=keys)
     scaler.scale(terms.total).backward()
@@ -128,9 +146,11 @@ def pretrain(
     start: int,
     world: World,
     alpha: Callable[[float], float] | None,
+    pace: Pace,
     log: Callable[[int, dict[str, float]], None],
-    save: Callable[[int], None],
+    save: Callable[[int, dict[str, Any]], None],
     knn: Callable[[], float],
+    carried: dict[str, Any] | None = None,
 ) -> None:
     """Train ``model`` in place from step ``start`` to the last one of ``config.epochs``.
 
@@ -139,12 +159,16 @@ def pretrain(
 
     Args:
         alpha: the balance at a share of the training from 0 to 1; None leaves the loss's own.
+        pace: when to save, and whether to leave then.
         log: takes the number of finished steps and a row of metrics.
-        save: writes a checkpoint of the finished steps.
-        knn: top-1 accuracy on the validation split. These three are called in the leading process only.
+        save: writes a checkpoint of the finished steps, with what is summed up for the next row. These two are called
+            in the leading process only.
+        knn: top-1 accuracy on the validation split.
+        carried: what a checkpoint at ``start`` holds for the next row.
 
     Raises:
-        UserError: the loss is not finite; names the step.
+        NotFiniteError: the loss is not finite; names the step.
+        SystemExit: a signal asked to stop; a checkpoint was written.
     """
     device, batch_size = data.images.device, config.batch_size
     steps_per_epoch = len(data) // batch_size
@@ -154,7 +178,7 @@ def pretrain(
     forward = world.replicate(model.train().to(memory_format=layout))
     forward = torch.compile(forward) if config.compile else forward  # type: ignore[assignment]
     order = epoch_order(seed, start // steps_per_epoch, len(data)).to(device)
-    window, saved = _Window(device, start), time.monotonic()
+    window = _Window(device, start, world, carried)
     for step in range(start, total):
         epoch, position = divmod(step, steps_per_epoch)
         if position == 0:
@@ -172,45 +196,66 @@ def pretrain(
         done = step + 1
         knn_due = config.knn_every > 0 and done % (config.knn_every * steps_per_epoch) == 0
         if done % config.log_every == 0 or knn_due or done == total:
-            values = window.close(done, batch_size, world)
+            values = window.close(done, batch_size)
+            knn_now = {"knn": knn()} if knn_due else {}
             if world.leads:
                 row = {"epoch": done / steps_per_epoch, "lr": lr, **values, **geometry(loss, z, batch.labels)}
-                log(done, row | ({"knn": knn()} if knn_due else {}))
-                if done == total or time.monotonic() - saved >= config.checkpoint_seconds:
-                    save(done)
-                    saved = time.monotonic()
-            window = _Window(device, done)
+                log(done, row | knn_now)
+            window = _Window(device, done, world)
+        if due := world.most(pace.due(done)):
+            state = window.state(done)
+            if world.leads:
+                save(done, state)
+            pace.saved(due)
 
 
 class _Window:
-    """Loss terms summed on the device between two logged steps, and the first step at which they were not finite."""
+    """Loss terms summed on the device between two logged steps, and the first step at which they were not finite.
 
-    def __init__(self, device: torch.device, start: int) -> None:
+    Args:
+        carried: ``state`` of a window that a checkpoint cut in two.
+    """
+
+    def __init__(self, device: torch.device, begin: int, world: World, carried: dict[str, Any] | None = None) -> None:
         self.sums = torch.zeros(3, device=device)
         self.bad = torch.full((), torch.iinfo(torch.int64).max, device=device)
-        self.start, self.clock = start, time.perf_counter()
+        self.begin = self.timed = begin
+        if carried is not None:
+            self.begin = carried["begin"]
+            if world.leads:
+                self.sums.copy_(carried["sums"])
+        self.world, self.clock = world, time.perf_counter()
 
     def add(self, step: int, terms: LossTerms) -> None:
         values = torch.stack(terms)
         self.sums += values
         self.bad = torch.where(values.isfinite().all(), self.bad, self.bad.clamp_max(step))
 
-    def close(self, done: int, batch: int, world: World) -> dict[str, float]:
-        """Means over the window and over processes. This is where the host waits.
+    def state(self, done: int) -> dict[str, Any]:
+        """What the window holds, of all processes. This is where the host waits.
 
         Raises:
-            UserError: a step was not finite, in any process.
+            NotFiniteError: a step was not finite, in any process.
         """
-        total, attract, repel = (world.sum(self.sums) / (done - self.start) / world.size).tolist()
-        if not math.isfinite(total + attract + repel):
-            advice = "lower optimizer.lr, raise loss.temperature or type pretrain.precision=fp32"
-            raise UserError(f"the loss is not finite at step {min(int(self.bad), done - 1)}: {advice}")
-        speed = (done - self.start) * batch / (time.perf_counter() - self.clock)
+        sums = self.world.sum(self.sums.clone())
+        if not sums.isfinite().all():
+            raise NotFiniteError(min(-self.world.most(-int(self.bad)), done - 1))
+        return {"sums": sums.cpu(), "begin": self.begin}
+
+    def close(self, done: int, batch: int) -> dict[str, float]:
+        """Means over the window and over processes.
+
+        Raises:
+            NotFiniteError: see ``state``.
+        """
+        sums = self.state(done)["sums"]
+        total, attract, repel = (sums / (done - self.begin) / self.world.size).tolist()
+        speed = (done - self.timed) * batch / (time.perf_counter() - self.clock)
         return {"loss": total, "attract": attract, "repel": repel, "images_per_second": speed}
 
 
 def geometry(loss: Loss, z: Tensor, labels: Tensor) -> dict[str, float]:
-    """Metrics of the embeddings z [2, G, P] of a step, the pull of each loss term on them, and the current balance."""
+    """Metrics of the embeddings z [V, G, P] of a step, the pull of each loss term on them, and the current balance."""
     unit = F.normalize(z, dim=2)
     values = {
         "alignment": metrics.alignment(*unit),

@@ -4,7 +4,7 @@ Dimensions: N images, D features, K classes.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from scclr.config import ProbeConfig
 from scclr.datasets import ImageSet, Splits
+from scclr.distributed import World
 from scclr.model import Model
 
 PIXELS = 32  # a side; the baseline on raw pixels sees no more than CIFAR's 3,072 values
@@ -37,14 +38,28 @@ def encoder_hash(encoder: nn.Module) -> str:
 
 
 @torch.no_grad()
-def features(model: Model, data: ImageSet, batch_size: int) -> Tensor:
-    """h [N, D] in float32 of un-augmented images, the model in eval mode; its mode is restored."""
+def features(model: Model, data: ImageSet, batch_size: int, world: World = World()) -> Tensor:  # noqa: B008
+    """h [N, D] in float32 of un-augmented images, the model in eval mode; its mode is restored.
+
+    Every process of ``world`` computes its share, and all of them have the whole.
+    """
     training = model.training
     model.eval()
     images = data.with_channels(model.channels).images
-    h = torch.cat([model.represent(part.float() / 255).float() for part in images.split(batch_size)])
+    rows = -(-len(images) // world.size)
+    own = images[world.rank * rows :][:rows]
+    h = torch.cat([model.represent(part.float() / 255).float() for part in own.split(batch_size)])
+    h = world.gather(F.pad(h, (0, 0, 0, rows - len(h))))[: len(images)]  # equal shares, the last one filled up
     model.train(training)
     return h
+
+
+def evaluated(model: Model, splits: Splits, config: ProbeConfig, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of the training, validation and test images."""
+    train, validation, test = (
+        features(model, part, config.batch_size, world) for part in (splits.train, splits.validation, splits.test)
+    )
+    return train, validation, test
 
 
 def pixels(data: ImageSet) -> Tensor:
@@ -55,42 +70,50 @@ def pixels(data: ImageSet) -> Tensor:
     return torch.cat([part.flatten(1) for part in parts])
 
 
-def probe_encoder(model: Model, splits: Splits, config: ProbeConfig) -> ProbeResult:
-    """The protocols on the frozen encoder of ``model``; asserts that evaluating did not change it."""
+def probe_encoder(model: Model, splits: Splits, config: ProbeConfig, world: World = World()) -> ProbeResult:  # noqa: B008
+    """The protocols on the frozen encoder of ``model``; asserts that evaluating did not change it.
+
+    The other processes of ``world`` call ``evaluated`` meanwhile.
+    """
     before = encoder_hash(model.encoder)
-    result = probe(lambda data: features(model, data, config.batch_size), splits, config)
+    result = probe(evaluated(model, splits, config, world), splits, config)
     assert encoder_hash(model.encoder) == before, "evaluation changed the encoder"
     return ProbeResult(result.metrics, result.l2, before)
 
 
 def probe_pixels(splits: Splits, config: ProbeConfig) -> ProbeResult:
     """The same protocols on raw pixels."""
-    return probe(pixels, splits, config)
+    return probe((pixels(splits.train), pixels(splits.validation), pixels(splits.test)), splits, config)
 
 
-def probe(represent: Callable[[ImageSet], Tensor], splits: Splits, config: ProbeConfig) -> ProbeResult:
-    """Logistic regression and kNN on what ``represent`` makes of the images.
+def probe(x: tuple[Tensor, Tensor, Tensor], splits: Splits, config: ProbeConfig) -> ProbeResult:
+    """Logistic regression and kNN on features ``x`` of the training, validation and test images.
 
     ``probe/logreg/top1``: features standardised, multinomial logistic regression; the L2 strength is chosen on the
     validation split, the model refitted on training and validation images and tested once. ``knn/k<k>/top1``: see
-    ``knn_top1``, with training and validation images as neighbours.
+    ``knn_predict``, with training and validation images as neighbours. Without ``splits.refit`` both are left with the
+    training images. Where classes have many, some or few of these, ``.../top1/many``, ``/medium`` and ``/few`` are the
+    means of the per-class accuracies of those classes (Liu et al. 2019, sec. 4).
     """
-    train, validation, test = (represent(part) for part in (splits.train, splits.validation, splits.test))
+    train, validation, test = x
     y, y_validation, y_test = (part.labels for part in (splits.train, splits.validation, splits.test))
     classes = len(splits.classes)
     l2 = choose_l2(train, y, validation, y_validation, classes, config.l2, config.max_iter)
-    both, y_both = torch.cat([train, validation]), torch.cat([y, y_validation])
-    axes = PrincipalAxes(both)
-    fit = fit_logreg(axes(both), y_both, classes, l2, config.max_iter)
-    return ProbeResult(
-        {
-            "probe/logreg/top1": top1(axes(test), y_test, fit),
-            f"knn/k{config.knn_k}/top1": knn_top1(
-                both, y_both, test, y_test, classes, k=config.knn_k, temperature=config.knn_temperature
-            ),
-        },
-        l2,
-    )
+    if splits.refit:
+        train, y = torch.cat([train, validation]), torch.cat([y, y_validation])
+    axes = PrincipalAxes(train)
+    fit = fit_logreg(axes(train), y, classes, l2, config.max_iter)
+    k, temperature = config.knn_k, config.knn_temperature
+    predicted = {
+        "probe/logreg/top1": logits(axes(test), fit).argmax(1),
+        f"knn/k{k}/top1": knn_predict(train, y, test, classes, k=k, temperature=temperature),
+    }
+    metrics = {name: accuracy(classified, y_test) for name, classified in predicted.items()}
+    for group, members in splits.groups.items():
+        for name, classified in predicted.items():
+            own = class_accuracy(classified, y_test, classes)[members]
+            metrics[f"{name}/{group}"] = own.nanmean().item()
+    return ProbeResult(metrics, l2)
 
 
 class PrincipalAxes:
@@ -162,21 +185,37 @@ def logits(x: Tensor, weights: Tensor) -> Tensor:
     return F.linear(x, weights[:, :-1], weights[:, -1])
 
 
+def accuracy(predicted: Tensor, y: Tensor) -> float:
+    """The share of ``predicted`` [N] that is ``y`` [N]."""
+    return (predicted == y).double().mean().item()
+
+
+def class_accuracy(predicted: Tensor, y: Tensor, classes: int) -> Tensor:
+    """``accuracy`` on the images of each class, float64 [K]; NaN for a class without any."""
+    hits, images = (torch.bincount(labels, minlength=classes) for labels in (y[predicted == y], y))
+    return hits.double() / images
+
+
 def top1(x: Tensor, y: Tensor, weights: Tensor) -> float:
     """Accuracy of linear ``weights`` [K, D + 1] on x [N, D]."""
-    return (logits(x, weights).argmax(1) == y).double().mean().item()
+    return accuracy(logits(x, weights).argmax(1), y)
 
 
-@torch.no_grad()
 def knn_top1(
     bank: Tensor, y_bank: Tensor, queries: Tensor, y: Tensor, classes: int, *, k: int, temperature: float
 ) -> float:
-    """Accuracy of k nearest neighbours by cosine, votes weighted exp(cosine / temperature) (Wu et al. 2018)."""
+    """Accuracy of ``knn_predict`` on ``queries``."""
+    return accuracy(knn_predict(bank, y_bank, queries, classes, k=k, temperature=temperature), y)
+
+
+@torch.no_grad()
+def knn_predict(bank: Tensor, y_bank: Tensor, queries: Tensor, classes: int, *, k: int, temperature: float) -> Tensor:
+    """Classes [Q] by the k nearest of ``bank`` in cosine, votes weighted exp(cosine / temperature) (Wu et al. 2018)."""
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    hits = torch.zeros((), dtype=torch.int64, device=bank.device)
-    for part, truth in zip(queries.split(1024), y.split(1024), strict=True):
+    predicted = []
+    for part in queries.split(1024):
         cosine, nearest = (part @ bank.T).topk(min(k, len(bank)), dim=1)  # [1024, k]
         votes = torch.zeros(len(part), classes, dtype=bank.dtype, device=bank.device)
         votes.scatter_add_(1, y_bank[nearest], (cosine / temperature).exp())
-        hits += (votes.argmax(1) == truth).sum()
-    return hits.item() / len(queries)
+        predicted.append(votes.argmax(1))
+    return torch.cat(predicted)

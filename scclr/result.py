@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from scclr.config import TrainConfig
+from scclr.datasets.longtail import GROUPS
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -39,13 +40,16 @@ def versions() -> dict[str, str | None]:
 def summary(result: dict[str, Any], directory: Path, note: str) -> str:
     """The table at the end of a run."""
     metrics = result["metrics"]
-    columns = [name for name in metrics if not name.startswith("baseline/")]
+    columns = [name for name in metrics if not name.startswith("baseline/") and name.split("/")[-1] not in GROUPS]
     rows = {"pretrained": "", "untrained encoder": "baseline/untrained/", "raw pixels": "baseline/pixels/"}
     lines = [""]
     if columns:
         lines.append(f"{'test accuracy, %':<18}" + "".join(f"{name:>20}" for name in columns))
         for title, prefix in rows.items():
             lines.append(f"{title:<18}" + "".join(f"{100 * metrics[prefix + name]:>20.2f}" for name in columns))
+            for group in (group for group in GROUPS if f"{columns[0]}/{group}" in metrics):
+                values = "".join(f"{100 * metrics[f'{prefix}{name}/{group}']:>20.2f}" for name in columns)
+                lines.append(f"{f'  {group} images':<18}{values}")
         lines.append("")
     seconds = result["seconds"]
     spent = f"{seconds['total']:.0f} s: pretraining {seconds['pretrain']:.0f} s, probe {seconds['probe']:.0f} s"

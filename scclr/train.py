@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from scclr.checkpoint import claimed, load, save, write_atomic
+from scclr.checkpoint import claimed, load, require_room, resume, save, write_atomic
 from scclr.config import (
     TrainConfig,
     UserError,
@@ -29,22 +29,27 @@ from scclr.config import (
     conf_dir,
     one_line,
     refuse_ignored,
+    refuse_other,
     require,
     resolve,
 )
 from scclr.datasets import Splits
 from scclr.distributed import World, joined, launched
+from scclr.launch import repeatable, spread
 from scclr.losses import Loss
 from scclr.model import Model
 from scclr.optim import describe
-from scclr.pretrain import anneal, precision_of, pretrain
-from scclr.probe import features, knn_top1, probe_encoder, probe_pixels
+from scclr.preemption import Pace, Stop
+from scclr.pretrain import NotFiniteError, anneal, batch_indices, precision_of, pretrain
+from scclr.probe import evaluated, features, knn_top1, probe_encoder, probe_pixels
 from scclr.result import hint, machine, summary, versions
 from scclr.tracking import RunLog
 
 BATCH_NORM_CAVEAT = (
     "with pretrain.micro_batch, batch norm takes its statistics from parts of the batch; all else is equal"
 )
+
+SLACK = 2**24  # bytes for the small files of a run
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")
@@ -53,13 +58,10 @@ def main(composed: DictConfig) -> None:
     try:
         config = resolve(composed)
         refuse_ignored(config, HydraConfig.get().overrides.task)
-        try:
-            run(config)
-        except torch.OutOfMemoryError as error:
-            advice = "type pretrain.micro_batch=64, which keeps the gradient, or a smaller pretrain.batch_size"
-            raise UserError(f"{one_line(error)}; {advice}") from error
+        run(config)
     except UserError as error:
-        print(f"scclr train: error: {error}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if launched() > 1 else ""
+        print(f"scclr train: error: {rank}{error}", file=sys.stderr)
         if HydraConfig.get().mode == RunMode.RUN:
             raise SystemExit(1) from error
         traceback.clear_frames(error.__traceback__)  # a sweep keeps it to its end, and must not keep its tensors
@@ -76,7 +78,8 @@ def check(config: TrainConfig) -> None:
         checkpoint_path(config.init_from)
     check_writable(Path(config.runs))
     precision_of(pick_device(config.device), config.pretrain.precision)
-    batch, processes = config.pretrain.batch_size, launched()
+    batch, processes = config.pretrain.batch_size, max(launched(), config.nproc)
+    check_processes(config)
     message = f"pretrain.batch_size={batch} is for all {processes} processes together: type a multiple of {processes}"
     require(batch % processes == 0, message)
     source = build("dataset", config.dataset)
@@ -85,6 +88,8 @@ def check(config: TrainConfig) -> None:
     with torch.device("meta"):
         model = make_model(config, source.mean, source.std, image_size=getattr(source, "image_size", 32))
     build("optimizer", config.optimizer, model=model, batch_size=config.pretrain.batch_size)
+    # weights and two moments of the optimiser; two checkpoints and the one that is being written
+    require_room(Path(config.runs), 9 * sum(p.numel() * p.element_size() for p in model.parameters()) + SLACK)
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -95,28 +100,49 @@ def run(config: TrainConfig) -> dict[str, Any]:
     Raises:
         UserError: whatever the user can mend; nothing is left behind that was not there before or is not whole.
     """
-    origin = load(config.init_from) if config.init_from is not None else None
-    if origin is not None and "pretrain" not in config.stages:
-        config = adopt(config, origin["config"])
+    if config.init_from is not None and "pretrain" not in config.stages:
+        config = adopt(config, load(config.init_from)["config"])
     directory = config.directory
-    if (directory / "result.json").exists() and not config.overwrite:
-        result = json.loads((directory / "result.json").read_text())
-        print(summary(result, directory, "this run was finished before; overwrite=true redoes it"))
-        return result
-
-    with joined(pick_device(config.device)) as (world, device):
-        result = run_stages(config, origin, directory, world, device)
-    if world.leads:
-        print(summary(result, directory, hint(config)))
+    finished = directory / "result.json"
+    if not finished.exists() or config.overwrite:
+        if config.nproc > launched():
+            spread(work, config, config.nproc)
+        else:
+            work(config)
+        note = hint(config)
+    else:
+        note = "this run was finished before; overwrite=true redoes it"
+    if int(os.environ.get("RANK", "0")) > 0:
+        return {}
+    result: dict[str, Any] = json.loads(finished.read_text())
+    refuse_other(config, result["config"])
+    print(summary(result, directory, note))
     return result
 
 
+def work(config: TrainConfig) -> None:
+    """``run`` in one of the processes that share it.
+
+    Raises:
+        UserError: as ``run``.
+        SystemExit: a signal asked to stop; the last finished step is in a checkpoint.
+    """
+    origin = load(config.init_from) if config.init_from is not None else None
+    try:
+        with Stop() as stop, joined(pick_device(config.device)) as (world, device):
+            on = config.deterministic if config.deterministic is not None else device.type == "cpu"
+            with repeatable(on):
+                run_stages(config, origin, config.directory, world, device, stop)
+    except torch.OutOfMemoryError as error:
+        advice = "type pretrain.micro_batch=64, which keeps the gradient, or a smaller pretrain.batch_size"
+        raise UserError(f"{one_line(error)}; {advice}") from error
+
+
 def run_stages(
-    config: TrainConfig, origin: dict[str, Any] | None, directory: Path, world: World, device: torch.device
-) -> dict[str, Any]:
-    """``run`` in one process of ``world``; ``origin`` is the checkpoint of ``init_from``. Empty unless leading."""
+    config: TrainConfig, origin: dict[str, Any] | None, directory: Path, world: World, device: torch.device, stop: Stop
+) -> None:
+    """``work`` in its ``world``; ``origin`` is the checkpoint of ``init_from``. Only the leading process writes."""
     started, training = time.monotonic(), "pretrain" in config.stages
-    torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
     splits = build("dataset", config.dataset).load()
     if origin is not None and not training:
@@ -133,11 +159,17 @@ def run_stages(
 
     with claimed(directory, config.overwrite) if world.leads else nullcontext():
         world.wait()  # until the leading process has cleared what overwrite=true discards
-        resumed = load(directory) if training and (directory / "last.pt").exists() else None
+        resumed = resume(directory) if training and world.leads else None
+        if resumed is not None:
+            refuse_other(config, resumed["config"])
+        world.wait()  # until what is damaged is set aside
         if not world.leads:
             if training:
-                pretrain_stage(config, model, splits, resumed, directory, world, None)
-            return {}
+                pretrain_stage(config, model, splits, resume(directory), directory, world, stop, None)
+            if "probe" in config.stages:
+                for encoder in (model, untrained):
+                    evaluated(encoder, splits, config.probe, world)
+            return
         write_atomic(directory / "config.yaml", lambda f: f.write(OmegaConf.to_yaml(asdict(config)).encode()))
         print(f"{directory}", file=sys.stderr)
         with RunLog(
@@ -150,12 +182,12 @@ def run_stages(
         ) as log:
             seconds = {"pretrain": 0.0, "probe": 0.0}
             if training:
-                seconds["pretrain"] = pretrain_stage(config, model, splits, resumed, directory, world, log)
+                seconds["pretrain"] = pretrain_stage(config, model, splits, resumed, directory, world, stop, log)
             metrics: dict[str, float] = {}
             details: dict[str, Any] = {}
             if "probe" in config.stages:
                 clock = time.monotonic()
-                metrics, details = probe_stage(config, model, untrained, splits)
+                metrics, details = probe_stage(config, model, untrained, splits, world)
                 seconds["probe"] = time.monotonic() - clock
             log.summary(metrics)
             previous = resumed["seconds"] if resumed else 0.0
@@ -173,7 +205,6 @@ def run_stages(
                 "versions": versions(),
             }
         write_atomic(directory / "result.json", lambda f: f.write(json.dumps(result, indent=2).encode()))
-    return result
 
 
 def pretrain_stage(
@@ -183,6 +214,7 @@ def pretrain_stage(
     resumed: dict[str, Any] | None,
     directory: Path,
     world: World,
+    stop: Stop,
     log: RunLog | None,
 ) -> float:
     """Pretrain ``model`` in place, from the checkpoint ``resumed`` if there is one; returns its seconds so far.
@@ -200,6 +232,8 @@ def pretrain_stage(
         scaler.load_state_dict(resumed["scaler"])
         loss.load_state_dict(resumed["loss"])
         start, previous = resumed["step"], resumed["seconds"]
+    shared = world.most(start) == start
+    require(shared, f"{directory}: not all processes see its checkpoint; type runs=<a folder that all machines share>")
     if log is not None:
         print(describe(optimizer), file=sys.stderr)
         if options.micro_batch is not None and has_batch_norm(model):
@@ -207,21 +241,24 @@ def pretrain_stage(
     steps_per_epoch = len(splits.pretrain) // options.batch_size
     few = splits.train[torch.arange(min(options.knn_images, len(splits.train)), device=device)]
 
-    def save_checkpoint(step: int) -> None:
+    def keep(step: int, window: dict[str, Any], name: str = "last.pt") -> None:
+        if name == "last.pt" and not all(bool(x.isfinite().all()) for x in model.state_dict().values()):
+            raise NotFiniteError(step)
         state = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "loss": loss.state_dict(),
             "step": step,
+            "window": window,
             "seconds": previous + time.monotonic() - clock,
             "image_size": splits.train.images.shape[-1],
             "config": asdict(config),
         }
-        save(directory / "last.pt", state)
+        save(directory, state, name)
 
     def validate() -> float:
-        bank, queries = (features(model, part, config.probe.batch_size) for part in (few, splits.validation))
+        bank, queries = (features(model, part, config.probe.batch_size, world) for part in (few, splits.validation))
         k, temperature = config.probe.knn_k, config.probe.knn_temperature
         classes = len(splits.classes)
         return knn_top1(bank, few.labels, queries, splits.validation.labels, classes, k=k, temperature=temperature)
@@ -235,35 +272,46 @@ def pretrain_stage(
         alpha = partial(anneal, config.alpha_schedule, config.alpha, config.alpha_end)
     if log is not None:
         log.progress(start, options.epochs * steps_per_epoch, options.epochs)
-    pretrain(
-        model,
-        loss,
-        augment,
-        optimizer,
-        scaler,
-        splits.pretrain,
-        options,
-        seed=config.seed,
-        start=start,
-        world=world,
-        alpha=alpha,
-        log=record,
-        save=save_checkpoint,
-        knn=validate,
-    )
+    total = options.epochs * steps_per_epoch
+    pace = Pace(steps=config.checkpoint.steps, seconds=config.checkpoint.seconds, total=total, stop=stop)
+    try:
+        with stop.deferred():
+            pretrain(
+                model,
+                loss,
+                augment,
+                optimizer,
+                scaler,
+                splits.pretrain,
+                options,
+                seed=config.seed,
+                start=start,
+                world=world,
+                alpha=alpha,
+                pace=pace,
+                log=record,
+                save=keep,
+                knn=validate,
+                carried=resumed["window"] if resumed is not None else None,
+            )
+    except NotFiniteError as error:
+        if world.leads:
+            indices = batch_indices(config.seed, error.step, len(splits.pretrain), options.batch_size)
+            keep(error.step, {"indices": indices}, "crash.pt")
+        raise
     if log is not None:
         log.end_progress()
     return previous + time.monotonic() - clock
 
 
 def probe_stage(
-    config: TrainConfig, model: Model, untrained: Model, splits: Splits
+    config: TrainConfig, model: Model, untrained: Model, splits: Splits, world: World
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """The protocols on the encoder, on its untrained twin and on raw pixels: (metrics, what was chosen)."""
     print("probe: encoder, untrained encoder, raw pixels", file=sys.stderr)
     results = {
-        "": probe_encoder(model, splits, config.probe),
-        "baseline/untrained/": probe_encoder(untrained, splits, config.probe),
+        "": probe_encoder(model, splits, config.probe, world),
+        "baseline/untrained/": probe_encoder(untrained, splits, config.probe, world),
         "baseline/pixels/": probe_pixels(splits, config.probe),
     }
     metrics = {prefix + name: value for prefix, r in results.items() for name, value in r.metrics.items()}
@@ -308,6 +356,15 @@ def check_fit(config: TrainConfig, splits: Splits) -> None:
     require(
         labelled or not supervised, f"loss={config.loss_name} reads labels, and this dataset pretrains without them"
     )
+
+
+def check_processes(config: TrainConfig) -> None:
+    """Under torchrun its own number counts; CUDA has one device for each process."""
+    started, n = launched(), config.nproc
+    require(n in (1, started) or started == 1, f"nproc={n} inside torchrun with {started} processes: drop nproc={n}")
+    devices = torch.cuda.device_count()
+    if pick_device(config.device).type == "cuda":
+        require(n <= devices, f"nproc={n}: there are {devices} CUDA devices here; type nproc={devices}")
 
 
 def check_writable(folder: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from scclr.config import build, conf_dir, resolve
 from scclr.datasets import ImageSet
 from scclr.distributed import World
+from scclr.preemption import Pace, Stop
 from scclr.pretrain import precision_of, pretrain
 from scclr.train import make_loss, make_model, pick_device
 
@@ -43,6 +44,8 @@ def main() -> None:
     views = augment(data.images[: options.batch_size], seed=0, step=0).contiguous(memory_format=layout)
     direction = torch.randn(len(views), config.projector.out_dim, device=device)
 
+    never = Pace(steps=None, seconds=None, total=-1, stop=Stop())
+
     def synchronise() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -57,8 +60,8 @@ def main() -> None:
     def whole() -> None:
         pretrain(
             model, loss, augment, optimizer, scaler, data, options,
-            seed=0, start=0, world=World(), alpha=None,
-            log=lambda step, row: None, save=lambda step: None, knn=lambda: 0.0,
+            seed=0, start=0, world=World(), alpha=None, pace=never,
+            log=lambda step, row: None, save=lambda step, window: None, knn=lambda: 0.0,
         )  # fmt: skip
 
     times: dict[str, list[float]] = {"bare": [], "whole": []}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 
 from scclr.config import UserError
 from scclr.datasets import ImageSet, Source
@@ -19,7 +20,9 @@ from scclr.datasets.cifar100 import CIFAR100
 from scclr.datasets.digits import Digits
 from scclr.datasets.fashion_mnist import FashionMNIST
 from scclr.datasets.imagefolder import ImageFolder
+from scclr.datasets.mnist import MNIST
 from scclr.datasets.stl10 import STL10
+from scclr.datasets.svhn import SVHN
 
 GREY = {"mean": [0.3], "std": [0.4]}
 COLOUR = {"mean": [0.5] * 3, "std": [0.2] * 3}
@@ -90,6 +93,8 @@ def test_classes_are_renumbered_in_the_given_order() -> None:
         ({"classes": [1, 1]}, "different labels"),
         ({"validation": 1.0}, "between 0 and 1"),
         ({"std": [0.0]}, "std positive"),
+        ({"imbalance": 0.5}, "imbalance=0.5"),
+        ({"imbalance_profile": "linear"}, "exponential or step"),
     ],
 )
 def test_bad_arguments(changes: dict, message: str) -> None:
@@ -99,7 +104,13 @@ def test_bad_arguments(changes: dict, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"limit": 12}, "too few"), ({"classes": [3, 10]}, "labels run from 0 to 9"), ({"test": None}, "no test split")],
+    [
+        ({"limit": 12}, "too few"),
+        ({"classes": [3, 10]}, "labels run from 0 to 9"),
+        ({"test": None}, "no test split"),
+        ({"validation": None}, "no validation split"),
+        ({"imbalance": 200}, "leaves no image of class 9: give at most 9"),
+    ],
 )
 def test_impossible_subsets(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -113,7 +124,7 @@ def test_channels_follow_the_encoder() -> None:
     assert torch.equal(colour.with_channels(1).images, grey.images)
 
 
-# ---------------------------------------------------------------- Fashion-MNIST: idx files
+# ---------------------------------------------------------------- MNIST, Fashion-MNIST: idx files
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -145,6 +156,16 @@ def test_fashion_mnist(tmp_path: Path, below: str, suffix: str) -> None:
     assert splits.test.labels.tolist() == [i % 10 for i in range(20)]
     assert len(splits.train) + len(splits.validation) == 40
     assert splits.classes[9] == "Ankle boot"
+
+
+def test_mnist(tmp_path: Path) -> None:
+    images = write_fashion(tmp_path / "MNIST" / "raw", ".gz")
+    splits = MNIST(**COMMON, **GREY, root=str(tmp_path)).load()  # type: ignore[arg-type]
+    assert torch.equal(splits.test.images, torch.from_numpy(images[:20]).unsqueeze(1))
+    assert splits.classes[3] == "3 - three"
+    truncate(tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte.gz")
+    with pytest.raises(UserError, match=r"train-labels-idx1-ubyte.*dataset\.root"):
+        MNIST(**COMMON, **GREY, root=str(tmp_path)).load()  # type: ignore[arg-type]
 
 
 def truncate(path: Path) -> None:
@@ -207,13 +228,13 @@ def write_cifar(root: Path, source: type[CIFAR10], monkeypatch: pytest.MonkeyPat
 def test_cifar(source: type[CIFAR10], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = write_cifar(tmp_path, source, monkeypatch)
     dataset = source(**COMMON, **COLOUR, root=str(tmp_path))  # type: ignore[arg-type]
-    train, test, names, unlabelled = dataset.read()
+    train, test, names, unlabelled, validation = dataset.read()
     assert torch.equal(train.images, torch.from_numpy(pixels))
     assert train.labels[:3].tolist() == [0, 1, 2]
     assert test is not None
     assert torch.equal(test.images, train.images[: len(test)])
     assert names[1] == "class 1"
-    assert unlabelled is None
+    assert unlabelled is validation is None
     assert len(dataset.load().validation) == len(train) // 4
 
 
@@ -274,6 +295,46 @@ def test_stl10_names_the_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     truncate(tmp_path / "stl10_binary" / "unlabeled_X.bin")
     with pytest.raises(UserError, match=r"unlabeled_X\.bin: truncated or corrupt"):
         STL10(**COMMON, **COLOUR, root=str(tmp_path)).load()  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- SVHN: MATLAB files
+
+
+def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, labels: int = 40) -> np.ndarray:
+    """Pixels [N, 32, 32, 3]; the digit 0 is labelled 10."""
+    pixels = random.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    listed = {}
+    for part, n in (("train", 40), ("test", 20)):
+        digits = (np.arange(min(n, labels), dtype=np.uint8) % 10 + 1).reshape(-1, 1)
+        path = root / f"{part}_32x32.mat"
+        savemat(path, {"X": pixels[:n].transpose(1, 2, 3, 0), "y": digits})
+        listed[part] = ["http://127.0.0.1:9/", path.name, md5(path)]
+    monkeypatch.setattr("torchvision.datasets.SVHN.split_list", listed)
+    return pixels
+
+
+def svhn(root: Path) -> SVHN:
+    return SVHN(**COMMON, **COLOUR, root=str(root))  # type: ignore[arg-type]
+
+
+def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = write_svhn(tmp_path, monkeypatch)
+    splits = svhn(tmp_path).load()
+    assert torch.equal(splits.test.images, torch.from_numpy(pixels[:20]).permute(0, 3, 1, 2))
+    assert splits.test.images.is_contiguous()
+    assert splits.test.labels.tolist() == [(i + 1) % 10 for i in range(20)]
+    truncate(tmp_path / "test_32x32.mat")
+    with pytest.raises(UserError, match=r"test_32x32\.mat: truncated or corrupt .*delete it"):
+        svhn(tmp_path).load()
+
+
+def test_svhn_counts_labels_and_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_svhn(tmp_path, monkeypatch, labels=30)
+    with pytest.raises(UserError, match=r"train_32x32\.mat: 40 images but 30 labels"):
+        svhn(tmp_path).load()
+    with pytest.raises(UserError, match=r"the folder that holds train_32x32\.mat>, or a network"):
+        svhn(tmp_path / "new").load()
+    assert not (tmp_path / "new").exists()
 
 
 # ---------------------------------------------------------------- a folder of images

@@ -12,10 +12,12 @@ from scclr.config import TrainConfig, UserError, build, conf_dir, resolve
 from scclr.datasets import ImageSet
 from scclr.distributed import World
 from scclr.losses import Loss, LossTerms
+from scclr.preemption import Pace, Stop
 from scclr.pretrain import epoch_order, precision_of, pretrain, train_step
 from scclr.train import make_loss, make_model
 
 LOSSES = sorted(path.stem for path in (conf_dir() / "loss").glob("*.yaml"))
+NEVER = Pace(steps=None, seconds=None, total=-1, stop=Stop())
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -41,8 +43,8 @@ def train(config: TrainConfig, data: ImageSet) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
     pretrain(
         model, loss, augment, optimizer, OFF, data, config.pretrain, seed=config.seed, start=0,
-        world=World(), alpha=None, log=lambda step, row: rows.append({"step": step, **row}),
-        save=lambda step: None, knn=lambda: 0.5,
+        world=World(), alpha=None, pace=NEVER, log=lambda step, row: rows.append({"step": step, **row}),
+        save=lambda step, window: None, knn=lambda: 0.5,
     )  # fmt: skip
     return rows
 
@@ -79,7 +81,8 @@ def test_a_step_that_is_not_finite_is_named() -> None:
     with pytest.raises(UserError, match="not finite at step 3"):
         pretrain(
             model, Spoiled(), augment, optimizer, OFF, digits(200), config.pretrain, seed=0, start=0,
-            world=World(), alpha=None, log=lambda step, row: rows.append(step), save=lambda step: None, knn=lambda: 0.0,
+            world=World(), alpha=None, pace=NEVER, log=lambda step, row: rows.append(step),
+            save=lambda step, window: None, knn=lambda: 0.0,
         )  # fmt: skip
     assert rows == []
 
@@ -92,7 +95,7 @@ def test_a_whole_step_stays_on_its_device(optimizer: str, loss: str, channels: i
     """On the meta device an operation that mixes devices fails, and so does one that waits for a value."""
     config = compose(
         *TINY, f"optimizer={optimizer}", f"loss={loss}", "augment=simclr", "augment.rotation=10", "augment.blur=0.5",
-        "augment.solarize=0.5",
+        "augment.solarize=0.5", "augment.views=[{},{},{jitter: 0}]",
     )  # fmt: skip
     with torch.device("meta"):
         model, criterion, augment, solver = parts(config, channels)

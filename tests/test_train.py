@@ -92,24 +92,24 @@ def test_a_sweep_is_resumed_by_typing_it_again(scclr: Run, folder: Path, monkeyp
 def test_a_resumed_run_is_the_uninterrupted_run(scclr: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import scclr.train as train
 
-    line = ["train", "pretrain.checkpoint_seconds=0", *TINY]
+    line = ["train", "checkpoint.every=1", *TINY]
     assert scclr(*line, "runs=whole") == 0
     saves = []
     save = train.save
 
-    def killed(path: Path, state: dict) -> None:
-        save(path, state)
+    def killed(directory: Path, state: dict, name: str) -> None:
+        save(directory, state, name)
         saves.append(state["step"])
-        if saves == [2, 3, 4]:
-            with open(path.parent / "metrics.jsonl", "a") as file:
-                file.write('{"step": 5, "pretrain/loss": 1.0}\n{"step": 6, "pre')  # what a kill can leave
+        if saves == [1, 2, 3, 4, 5]:  # between two rows
+            with open(directory / "metrics.jsonl", "a") as file:
+                file.write('{"step": 6, "pretrain/loss": 1.0}\n{"step": 6, "pre')  # what a kill can leave
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "save", killed)
     assert scclr(*line, "runs=parts") == 130
     assert list((folder / "parts").glob("*/*/result.json")) == []
     assert scclr(*line, "runs=parts") == 0
-    assert saves == [2, 3, 4, 6]
+    assert saves == [1, 2, 3, 4, 5, 6]
     (whole,), (parts,) = (list((folder / name / "default").glob("*/")) for name in ("whole", "parts"))
     assert rows_of(whole) == rows_of(parts)
     a, b = (torch.load(run / "last.pt", weights_only=True) for run in (whole, parts))
@@ -208,14 +208,14 @@ def test_embeddings_without_normalisation(scclr: Run, folder: Path) -> None:
 
 
 def test_the_running_prototypes_are_resumed(scclr: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = ["loss=prototype", "loss.momentum=0.9", "stages=[pretrain]", "pretrain.checkpoint_seconds=0", *TINY]
+    line = ["loss=prototype", "loss.momentum=0.9", "stages=[pretrain]", "checkpoint.every=1", *TINY]
     assert scclr("train", "runs=whole", *line) == 0
     import scclr.train as train
 
     save = train.save
 
-    def killed(path: Path, state: dict) -> None:
-        save(path, state)
+    def killed(directory: Path, state: dict, name: str) -> None:
+        save(directory, state, name)
         if state["step"] == 4:
             monkeypatch.setattr(train, "save", save)
             raise KeyboardInterrupt

@@ -10,7 +10,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ from torch import Tensor
 from torchvision.datasets.utils import check_integrity
 
 from scclr.config import UserError, one_line, require
+from scclr.datasets import longtail
+from scclr.datasets.longtail import class_counts
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Splits:
     """What a run sees. Choices are made on ``validation``; ``test`` is touched once, at the end.
 
     ``pretrain`` is ``train`` without its labels, unless the dataset has an unlabelled part (STL-10). ``mean`` and
-    ``std`` are per channel, of pixels in [0, 1].
+    ``std`` are per channel, of pixels in [0, 1]. ``refit`` says that ``validation`` is drawn as ``train`` is, so that
+    the final classifier may be fitted on both; a balanced validation split beside a long-tailed ``train`` is not.
     """
 
     pretrain: ImageSet
@@ -69,22 +72,29 @@ class Splits:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    refit: bool = True
+
+    @property
+    def groups(self) -> dict[str, list[int]]:
+        """The classes with many, medium and few training images, where these are a long tail."""
+        return longtail.groups(torch.bincount(self.train.labels, minlength=len(self.classes)).tolist())
 
     def to(self, device: torch.device) -> "Splits":
         train = self.train.to(device)
         pretrain = train if self.pretrain is self.train else self.pretrain.to(device)
-        return Splits(
-            pretrain, train, self.validation.to(device), self.test.to(device), self.classes, self.mean, self.std
+        return replace(
+            self, pretrain=pretrain, train=train, validation=self.validation.to(device), test=self.test.to(device)
         )
 
 
 class Parts(NamedTuple):
-    """What the files hold: the official splits, before any subset. Without a test split, one is carved from train."""
+    """What the files hold: the official splits, before any subset. What is missing is carved from train."""
 
     train: ImageSet
     test: ImageSet | None
     classes: Sequence[str]
     unlabelled: ImageSet | None = None
+    validation: ImageSet | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,18 +108,25 @@ class Source(ABC):
         test: share of all images that is held out to report on, for a dataset without a test split of its own.
         split_seed: seed of the carving; runs with another ``seed`` keep the same splits.
         mean, std: per channel, of training pixels in [0, 1].
+        imbalance: thin the training images to a long tail, the first class having this many times the images of the
+            last (``longtail.class_counts``, from the smallest class's count). Validation and test images are set
+            apart before and stay as they are; an unlabelled part cannot be thinned.
+        imbalance_profile: ``exponential`` or ``step``.
 
     Raises:
-        ValueError: a share outside (0, 1), fewer than two classes, or mean and std that do not fit together.
+        ValueError: a share outside (0, 1), fewer than two classes, an imbalance below 1 or without such a profile, or
+            mean and std that do not fit together.
     """
 
     limit: int | None
     classes: list[int] | None
-    validation: float
+    validation: float | None
     split_seed: int
     mean: list[float]
     std: list[float]
     test: float | None = None
+    imbalance: float | None = None
+    imbalance_profile: str = longtail.PROFILES[0]
 
     def __post_init__(self) -> None:
         for name, share in (("validation", self.validation), ("test", self.test)):
@@ -119,6 +136,10 @@ class Source(ABC):
             raise ValueError(f"limit={self.limit}: give at least 1 image, or null for all")
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
             raise ValueError(f"classes={self.classes}: give two or more different labels, or null for all")
+        if self.imbalance is not None and self.imbalance < 1:
+            raise ValueError(f"imbalance={self.imbalance}: give the ratio of the largest class to the smallest, from 1")
+        if self.imbalance_profile not in longtail.PROFILES:
+            raise ValueError(f"imbalance_profile={self.imbalance_profile}: choose {' or '.join(longtail.PROFILES)}")
         if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
             raise ValueError(f"mean={self.mean} and std={self.std}: give one of each per channel, std positive")
 
@@ -136,24 +157,41 @@ class Source(ABC):
         Raises:
             UserError: as ``read``, or a subset that leaves too few images of a class to split.
         """
-        full, held_out, names, unlabelled = self.read()
+        full, held_out, names, unlabelled, validation = self.read()
         if self.classes is not None:
             outside = [c for c in self.classes if not 0 <= c < len(names)]
             require(not outside, f"dataset.classes={outside}: labels run from 0 to {len(names) - 1}")
             names = [names[c] for c in self.classes]
             full = _keep(full, self.classes)
             held_out = held_out and _keep(held_out, self.classes)
+            validation = validation and _keep(validation, self.classes)
         if held_out is None:
             require(self.test is not None, "dataset.test is null, and this dataset has no test split to fall back on")
             full, held_out = self._carve(full, self.test or 0, "test")
         if self.limit is not None and self.limit < len(full):
             full, _ = self._carve(full, len(full) - self.limit, "limit")
-        train, validation = self._carve(full, self.validation, "validation")
+        refit = self.imbalance is None and validation is None
+        if validation is None:
+            advice = "dataset.validation is null, and this dataset has no validation split to fall back on"
+            require(self.validation is not None, advice)
+            full, validation = self._carve(full, self.validation or 0, "validation")
+        train = full if self.imbalance is None else self._thin(full, self.imbalance, names)
         pretrain = train
         if unlabelled is not None:
             order = torch.from_numpy(np.random.default_rng(self.split_seed).permutation(len(unlabelled)))
             pretrain = unlabelled if self.limit is None else unlabelled[order[: self.limit]]
-        return Splits(pretrain, train, validation, held_out, tuple(names), tuple(self.mean), tuple(self.std))
+        mean, std = tuple(self.mean), tuple(self.std)
+        return Splits(pretrain, train, validation, held_out, tuple(names), mean, std, refit)
+
+    def _thin(self, data: ImageSet, imbalance: float, names: Sequence[str]) -> ImageSet:
+        """A long tail of ``data``: of every class the first images of an order that ``split_seed`` sets."""
+        most = int(torch.bincount(data.labels, minlength=len(names)).min())
+        counts = class_counts(most, len(names), imbalance, self.imbalance_profile)
+        advice = f"give at most {most}, its images of the smallest class"
+        require(min(counts) > 0, f"dataset.imbalance={imbalance:g} leaves no image of class {names[-1]}: {advice}")
+        order = torch.from_numpy(np.random.default_rng(self.split_seed).permutation(len(data)))
+        kept = [order[data.labels[order] == c][:n] for c, n in enumerate(counts)]
+        return data[torch.cat(kept).sort().values]
 
     def _carve(self, data: ImageSet, share: float | int, name: str) -> tuple[ImageSet, ImageSet]:
         """(rest, a stratified part of that share or count)."""

@@ -1,0 +1,60 @@
+"""MNIST (LeCun et al. 1998): 60,000 + 10,000 grey images of 28 x 28 pixels, 10 classes, in four idx files."""
+
+import gzip
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torchvision.datasets import MNIST as Reader
+from torchvision.datasets.mnist import read_image_file, read_label_file
+
+from scclr.config import require
+from scclr.datasets import ImageSet, Parts, Source, downloading, reading
+
+
+@dataclass(frozen=True, kw_only=True)
+class MNIST(Source):
+    """The four idx files, gzipped or not, of ``root``; a null one is ``installed`` if that is there, else ``data``.
+
+    They lie in ``root`` itself or in ``<root>/MNIST/raw``, where torchvision downloads (and checksums) them if there
+    are none. Gzip's CRC-32 guards packed files: Debian packs its own anew, so torchvision's MD5 does not apply.
+    """
+
+    root: str | None
+    reader: ClassVar[Any] = Reader
+    installed: ClassVar[Path | None] = None
+    advice: ClassVar[str] = "give dataset.root=<the folder of the four idx files>, or a network to download them"
+
+    def read(self) -> Parts:
+        found = self.installed is not None and self.installed.is_dir()
+        root = Path(self.root or (self.installed if found else "data"))  # type: ignore[arg-type]
+        raw = root / self.reader.__name__ / "raw"
+        folder = next((f for f in (root, raw) if list(f.glob("*-ubyte*"))), raw)
+        if folder == raw and not list(raw.glob("*-ubyte*")):
+            with downloading(raw, self.advice):
+                self.reader(str(root), download=True)
+        train, test = (self._image_set(folder, part) for part in ("train", "t10k"))
+        return Parts(train, test, self.reader.classes)
+
+    def _image_set(self, folder: Path, part: str) -> ImageSet:
+        images = self._parse(folder / f"{part}-images-idx3-ubyte")
+        labels = self._parse(folder / f"{part}-labels-idx1-ubyte")
+        counts = f"{folder}: {len(images)} images but {len(labels)} labels of {part}"
+        require(len(images) == len(labels), f"{counts}; {self.advice}")
+        return ImageSet(images.unsqueeze(1), labels)
+
+    def _parse(self, path: Path) -> Tensor:
+        packed = path.with_name(f"{path.name}.gz")
+        require(path.exists() or packed.exists(), f"{packed}: no such file; {self.advice}")
+        parse = read_image_file if "images" in path.name else read_label_file
+        if path.exists():
+            with reading(path, self.advice):
+                return parse(str(path))
+        with tempfile.NamedTemporaryFile() as plain, reading(packed, self.advice):
+            with gzip.open(packed) as file:
+                shutil.copyfileobj(file, plain)
+            plain.flush()
+            return parse(plain.name)
