@@ -15,6 +15,7 @@ LAYERS = [
     {"encoders", "model", "metrics", "checkpoint", "preemption"},
     {"losses"},
     {"optim", "distributed"},
+    {"theory"},
     {"pretrain", "launch"},
     {"probe"},
     {"tracking", "result", "show"},
