@@ -89,6 +89,10 @@ class RunLog:
         if self.bar is not None:
             self.bar.close()
 
+    def picture(self, name: str, path: Path) -> None:
+        """An image file, into W&B beside the next row."""
+        self.wandb.log({name: wandb.Image(str(path))}, commit=False)
+
     def summary(self, metrics: Mapping[str, float]) -> None:
         """The final numbers, into W&B's summary."""
         self.wandb.summary.update(dict(metrics))
