@@ -1,9 +1,10 @@
 """What can be compared across losses and balances: geometry of unit embeddings. All stay on the device.
 
-Dimensions: B images, two views z1, z2 [B, P] with unit rows.
+Dimensions: B images, V views z1, z2, ... [B, P] with unit rows.
 """
 
 from collections.abc import Callable
+from itertools import combinations
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,9 @@ from torch import Tensor
 UNIFORMITY_ROWS = 4096  # more pairs than 4096^2 / 2 would only cost memory
 
 
-def alignment(z1: Tensor, z2: Tensor) -> Tensor:
-    """E |z1 - z2|^2 over positive pairs, in [0, 4] (Wang & Isola 2020, eq. 5 with exponent 2)."""
-    return (z1 - z2).square().sum(1).mean()
+def alignment(*views: Tensor) -> Tensor:
+    """E |z1 - z2|^2 over all pairs of views of an image, in [0, 4] (Wang & Isola 2020, eq. 5 with exponent 2)."""
+    return torch.stack([(a - b).square().sum(1).mean() for a, b in combinations(views, 2)]).mean()
 
 
 def uniformity(z: Tensor, t: float = 2.0) -> Tensor:

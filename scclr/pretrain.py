@@ -1,6 +1,6 @@
 """Contrastive pretraining: one visible loop.
 
-Dimensions: G images a step, B of them in this process (B = G in a single one), P embedding dimensions.
+Dimensions: G images a step, B of them in this process (B = G in a single one), V views, P embedding dimensions.
 """
 
 import math
@@ -91,7 +91,7 @@ def train_step(
     encoder again part by part on the same views. Adding up losses of small batches would add no negatives.
 
     Returns:
-        The terms of this process's anchors and the embeddings of all [2, G, P], detached.
+        The terms of this process's anchors and the embeddings of all [V, G, P], detached.
     """
     images = world.share(batch.images)  # [B, C, H, W]
     first = world.rank * len(images)
@@ -102,19 +102,19 @@ def train_step(
         if dtype != torch.float32:
             mixed = torch.autocast(images.device.type, dtype)
         with mixed:
-            _, z = forward(views.contiguous(memory_format=layout))  # [2 part, P], unit rows, float32
-        return z.unflatten(0, (2, -1))  # [2, part, P]
+            _, z = forward(views.contiguous(memory_format=layout))  # [V part, P], unit rows, float32
+        return z.unflatten(0, (-1, part.stop - part.start))  # [V, part, P]
 
     size = micro_batch or len(images)
     parts = [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
     optimizer.zero_grad(set_to_none=True)
     if len(parts) == 1:
-        z = embed(parts[0])  # [2, B, P]
+        z = embed(parts[0])  # [V, B, P]
     else:
         with torch.no_grad():
             z = torch.cat([embed(part) for part in parts], 1)
         z.requires_grad_()
-    everyone = world.gather(z.transpose(0, 1)).transpose(0, 1)  # [2, G, P]
+    everyone = world.gather(z.transpose(0, 1)).transpose(0, 1)  # [V, G, P]
     keys = None if world.size == 1 else Keys(tuple(everyone), batch.labels, first)
     terms = loss(*z, labels=world.share(batch.labels), keys=keys)
     scaler.scale(terms.total).backward()
@@ -255,7 +255,7 @@ class _Window:
 
 
 def geometry(loss: Loss, z: Tensor, labels: Tensor) -> dict[str, float]:
-    """Metrics of the embeddings z [2, G, P] of a step, the pull of each loss term on them, and the current balance."""
+    """Metrics of the embeddings z [V, G, P] of a step, the pull of each loss term on them, and the current balance."""
     unit = F.normalize(z, dim=2)
     values = {
         "alignment": metrics.alignment(*unit),

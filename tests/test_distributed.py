@@ -36,6 +36,7 @@ HYPER = {
     "spectral": {"mu": 2.0},
     "supcon": {"temperature": 0.3},
 }
+VIEWS = {"views": [{}, {}], "size": None, "exact": False}
 CROP = {"crop_scale": [0.5, 1.0], "crop_ratio": [0.75, 1.33], "flip": 0.5, "blur_sigma": [0.1, 2.0]}
 OFF = ("rotation", "jitter", "brightness", "contrast", "saturation", "hue", "grayscale", "blur", "solarize")
 
@@ -73,7 +74,7 @@ def step(name: str, alpha: float, world: World, micro_batch: int | None = None) 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     forward, found = world.replicate(model), {}
     for number in range(2):
-        augment = Augment(**CROP, **dict.fromkeys(OFF, 0.0))  # type: ignore[arg-type]
+        augment = Augment(**VIEWS, **CROP, **dict.fromkeys(OFF, 0.0))  # type: ignore[arg-type]
         terms, z = train_step(
             forward, loss, augment, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch(),
             seed=0, step=number, dtype=torch.float32, layout=torch.contiguous_format, world=world,

@@ -18,6 +18,9 @@ def test_alignment_and_uniformity() -> None:
     assert math.isclose(
         metrics.alignment(a, b).item(), sum(((x - y) ** 2).sum().item() for x, y in zip(a, b, strict=True)) / 9
     )
+    c = unit(9, 4, 2)
+    three = [metrics.alignment(*pair).item() for pair in ((a, b), (a, c), (b, c))]
+    assert math.isclose(metrics.alignment(a, b, c).item(), sum(three) / 3)
     pairs = [math.exp(-2 * ((a[i] - a[j]) ** 2).sum().item()) for i in range(9) for j in range(9) if i != j]
     assert math.isclose(metrics.uniformity(a).item(), math.log(sum(pairs) / len(pairs)))
     assert metrics.uniformity(a[:1].repeat(5, 1)).item() == 0

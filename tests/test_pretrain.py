@@ -95,7 +95,7 @@ def test_a_whole_step_stays_on_its_device(optimizer: str, loss: str, channels: i
     """On the meta device an operation that mixes devices fails, and so does one that waits for a value."""
     config = compose(
         *TINY, f"optimizer={optimizer}", f"loss={loss}", "augment=simclr", "augment.rotation=10", "augment.blur=0.5",
-        "augment.solarize=0.5",
+        "augment.solarize=0.5", "augment.views=[{},{},{jitter: 0}]",
     )  # fmt: skip
     with torch.device("meta"):
         model, criterion, augment, solver = parts(config, channels)
