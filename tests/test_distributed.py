@@ -15,8 +15,8 @@ from torch import nn
 
 from scclr.augment import Augment
 from scclr.config import build
-from scclr.datasets import ImageSet
 from scclr.distributed import World
+from scclr.loader import Batch
 from scclr.losses import Loss
 from scclr.pretrain import train_step
 
@@ -62,10 +62,10 @@ def make(name: str, alpha: float) -> Loss:
     return loss
 
 
-def batch() -> ImageSet:
+def batch(world: World) -> Batch:
     draw = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (IMAGES, 1, 6, 6), dtype=torch.uint8, generator=draw)
-    return ImageSet(images, torch.tensor([0, 1, 2, 0, 1, 1, 2, 0]))
+    return Batch(world.share(images), torch.tensor([0, 1, 2, 0, 1, 1, 2, 0]))
 
 
 def step(name: str, alpha: float, world: World, micro_batch: int | None = None) -> dict[str, torch.Tensor]:
@@ -76,7 +76,7 @@ def step(name: str, alpha: float, world: World, micro_batch: int | None = None) 
     for number in range(2):
         augment = Augment(**VIEWS, **CROP, **dict.fromkeys(OFF, 0.0))  # type: ignore[arg-type]
         terms, z = train_step(
-            forward, loss, augment, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch(),
+            forward, loss, augment, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch(world),
             seed=0, step=number, dtype=torch.float32, layout=torch.contiguous_format, world=world,
             micro_batch=micro_batch,
         )  # fmt: skip

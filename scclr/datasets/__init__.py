@@ -54,7 +54,7 @@ class ImageSet:
 
 
 def with_channels(images: Tensor, channels: int) -> Tensor:
-    """Grey images [B, 1, H, W] repeated over three channels, or colour images as luma (ITU-R 601), to suit an encoder."""
+    """Grey images [B, 1, H, W] repeated over three channels, or colour ones as luma (ITU-R 601), to suit an encoder."""
     if images.shape[1] == channels:
         return images
     if channels == 1:

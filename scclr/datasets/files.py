@@ -27,11 +27,14 @@ from scclr.config import UserError, one_line
 BLOCK = 64  # images that a worker reads at once: 64 x 2 views of 224 x 224 are 19 MB
 GAP = 2  # a JPEG may be reduced while decoding to this many times what is needed: close to a fair resampling (Pillow)
 # Pillow's decoders raise all of these on damaged files.
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, struct.error, zlib.error)
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 ADVICE = "replace or delete this file, or type dataset.on_corrupt=skip"
 
 T = TypeVar("T")
-Boxes = Callable[[int, int, int], Tensor]  # (place in the block, height, width) -> [V, 4] top, left, height, width
+Boxes = Callable[[Tensor | int, Tensor | int], Tensor]  # (heights, widths) -> [n, V, 4] top, left, height, width
 
 
 class Problem(NamedTuple):
@@ -64,7 +67,7 @@ class OnDisk(ABC):
 
     @abstractmethod
     def fetch(self, rows: Tensor, boxes: Boxes, side: int) -> Block:
-        """What a training step takes of them: views [n, V, 3, side, side], or images [n, 3, R, R]."""
+        """What a step takes of them: [n, V, 3, side, side] views, or whole images [n, 3, R, R]."""
 
     @property
     def shape(self) -> torch.Size:
@@ -106,7 +109,8 @@ class OnDisk(ABC):
             yield self.accept(block)
 
 
-class _Read(NamedTuple):
+@dataclass(frozen=True)
+class _Read:
     """Blocks of consecutive rows, by their first one."""
 
     read: Callable[[Tensor], Block]
@@ -137,7 +141,14 @@ class Files(OnDisk):
         return self._decode(rows, lambda _, image: centre(image, self.resize, self.size))
 
     def fetch(self, rows: Tensor, boxes: Boxes, side: int) -> Block:
-        return self._decode(rows, lambda place, image: crops(image, boxes(place, image.height, image.width), side))
+        sizes = torch.tensor([self._size(row) for row in rows.tolist()])  # [n, 2]
+        cut = boxes(*sizes.unbind(1))
+
+        def use(place: int, image: Image.Image) -> Tensor:
+            expected = sizes[place].tolist() == [image.height, image.width]  # not if it replaces another
+            return crops(image, (cut if expected else boxes(image.height, image.width))[place], side)
+
+        return self._decode(rows, use)
 
     def accept(self, block: Block) -> Tensor:
         for problem in block.problems:
@@ -161,9 +172,13 @@ class Files(OnDisk):
                     with Image.open(path) as image:
                         images[place] = use(place, image)
                     break
-                except (*UNREADABLE, Image.DecompressionBombError) as error:
+                except UNREADABLE as error:
                     broken = not isinstance(error, OSError) or error.errno in (None, errno.ENOENT)
-                    problems.append(Problem(place, path, one_line(error) or type(error).__name__, broken))
+                    text = one_line(error).removesuffix(f" {path!r}") or type(error).__name__
+                    problems.append(Problem(place, path, text, broken))
+            else:
+                if self.skip and replacing:
+                    problems.append(Problem(place, path, "no readable image of its class is left", False))
         blank = next((image for image in images if image is not None), torch.zeros(3, self.size, self.size))
         blank = torch.zeros_like(blank, dtype=torch.uint8)
         return Block(torch.stack([blank if image is None else image for image in images]), problems)
@@ -175,6 +190,14 @@ class Files(OnDisk):
         same = (classes == classes[row]).nonzero().squeeze(1)
         distance = (self.index[same] - self.index[row]) % len(self.names)
         yield from same[distance.argsort()][1:].tolist()
+
+    def _size(self, row: int) -> tuple[int, int]:
+        """(height, width), from the header; (1, 1) of a broken file."""
+        try:
+            with Image.open(self._path(row)) as image:
+                return image.height, image.width
+        except UNREADABLE:
+            return 1, 1
 
     def _path(self, row: int) -> str:
         return str(self.root / os.fsdecode(bytes(self.names[self.index[row]])))
@@ -191,7 +214,7 @@ def centre(image: Image.Image, resize: int, size: int) -> Tensor:
 
 
 def crops(image: Image.Image, boxes: Tensor, side: int) -> Tensor:
-    """The ``boxes`` [V, 4] (top, left, height, width in pixels) of an image that is decoded once, [V, 3, side, side]."""
+    """The ``boxes`` [V, 4] (top, left, height, width in pixels) of an image, decoded once: [V, 3, side, side]."""
     height, width = image.height, image.width
     pixels = decode(image, boxes[:, 2:].min().item() / side)
     down, across = pixels.shape[1] / height, pixels.shape[2] / width  # 1, unless the decoder reduced it

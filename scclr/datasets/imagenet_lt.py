@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from scclr.config import require
-from scclr.datasets import ImageSet, Parts, reading
+from scclr.datasets import Parts, reading
 from scclr.datasets.imagefolder import ImageFolder
 from scclr.datasets.imagenet import CLASSES
 
