@@ -9,9 +9,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from scclr import __version__
+
+if TYPE_CHECKING:
+    from scclr.config import TrainConfig
 
 Command = Callable[[list[str]], None]
 TAKES_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
@@ -22,6 +25,16 @@ examples
   scclr train loss=balanced alpha=0.5
   scclr train -m alpha=0.3,0.5,0.7 seed=0,1,2
   scclr train stages=[probe] init_from=runs/default/<run> dataset=fashion_mnist"""
+
+
+SHOW_HELP = """\
+usage: scclr show [group=choice ...] [key=value ...]
+
+Draw training images beside the views that pretraining will see of them into views.png of the run's folder.
+
+examples
+  scclr show dataset=fashion_mnist augment=crop
+  scclr show dataset=imagefolder dataset.root=photos dataset.image_size=96 augment=byol"""
 
 
 def main() -> NoReturn:
@@ -105,6 +118,27 @@ def train(argv: list[str]) -> None:
 
     sys.argv = ["scclr train", *flags, *overrides]
     job()
+
+
+def show(argv: list[str]) -> None:
+    """``scclr show``: write the sheet of views that a run with these words would begin with."""
+    from scclr.config import UserError, build
+
+    if "-h" in argv or "--help" in argv:
+        print(SHOW_HELP)
+        return
+    flags, overrides = split(argv)
+    if flags:
+        raise UserError(f"{flags[0]}: no such flag; `scclr show --help` says what it takes")
+    overrides = name_experiment(overrides)
+    check_choices(overrides)
+    (config,) = check_points(overrides, sweep=False)
+
+    from scclr.show import sheet, write_sheet
+
+    page = sheet(build("dataset", config.dataset).load(), build("augment", config.augment), seed=config.seed)
+    config.directory.mkdir(parents=True, exist_ok=True)
+    print(write_sheet(page, config.directory))
 
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -192,7 +226,7 @@ def check_choices(overrides: list[str]) -> None:
                 require(name in choices[key], f"{key}={name}: no such {key}{hint} (choices: {listed})")
 
 
-def check_points(overrides: list[str], *, sweep: bool) -> None:
+def check_points(overrides: list[str], *, sweep: bool) -> "list[TrainConfig]":
     """Compose and check every point of the sweep before the first one runs."""
     import hydra
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -203,7 +237,7 @@ def check_points(overrides: list[str], *, sweep: bool) -> None:
     from scclr.config import UserError, conf_dir, refuse_ignored, resolve
     from scclr.train import check
 
-    points = [overrides]
+    points, configs = [overrides], []
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             if sweep:
@@ -213,8 +247,10 @@ def check_points(overrides: list[str], *, sweep: bool) -> None:
                 config = resolve(hydra.compose("train", overrides=point))
                 refuse_ignored(config, point)
                 check(config)
+                configs.append(config)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(error)) from error
+    return configs
 
 
 def explain(error: Exception) -> str:
@@ -244,4 +280,5 @@ def keys(node: object, prefix: str = "") -> Iterator[str]:
 
 COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (train, "pretrain an encoder and evaluate it frozen"),
+    "show": (show, "draw the views that pretraining will see"),
 }

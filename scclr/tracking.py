@@ -45,6 +45,7 @@ class RunLog:
         self.latest: dict[str, float] = {key: value for row in rows for key, value in row.items()}
         self.file: IO[str] = open(self.path, "a")  # noqa: SIM115
         self.bar: tqdm | None = None
+        self.pictures: dict[str, Any] = {}
 
     def __enter__(self) -> "RunLog":
         return self
@@ -71,7 +72,8 @@ class RunLog:
         row = {f"pretrain/{key}": value for key, value in values.items()}
         self.file.write(json.dumps({"step": step, **row}) + "\n")
         self.file.flush()
-        self.wandb.log(row, step=step)
+        self.wandb.log(row | self.pictures, step=step)
+        self.pictures.clear()
         self.latest.update(row)
         if self.bar is not None:
             shown = {name: self.latest.get(f"pretrain/{key}") for key, name in SHOWN.items()}
@@ -88,6 +90,10 @@ class RunLog:
         """Leave the bar as it stands, so that other lines can follow."""
         if self.bar is not None:
             self.bar.close()
+
+    def picture(self, name: str, path: Path) -> None:
+        """An image file, into W&B beside the next row."""
+        self.pictures[name] = wandb.Image(str(path))
 
     def summary(self, metrics: Mapping[str, float]) -> None:
         """The final numbers, into W&B's summary."""

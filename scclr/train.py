@@ -44,6 +44,7 @@ from scclr.preemption import Pace, Stop
 from scclr.pretrain import NotFiniteError, anneal, precision_of, pretrain
 from scclr.probe import evaluated, features, knn_top1, probe_encoder, probe_pixels
 from scclr.result import hint, machine, summary, versions
+from scclr.show import sheet, write_sheet
 from scclr.tracking import RunLog
 
 BATCH_NORM_CAVEAT = (
@@ -183,6 +184,9 @@ def run_stages(
         ) as log:
             seconds = {"pretrain": 0.0, "probe": 0.0}
             if training:
+                log.picture(
+                    "views", write_sheet(sheet(splits, build("augment", config.augment), seed=config.seed), directory)
+                )
                 seconds["pretrain"] = pretrain_stage(config, model, splits, resumed, directory, world, stop, log)
             metrics: dict[str, float] = {}
             details: dict[str, Any] = {}

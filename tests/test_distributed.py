@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch.multiprocessing as mp
 from conftest import TINY, run_folders
 from torch import nn
 
+from scclr import theory
 from scclr.augment import Augment
 from scclr.config import build
 from scclr.distributed import World
@@ -86,12 +89,38 @@ def step(name: str, alpha: float, world: World, micro_batch: int | None = None) 
     return found
 
 
+def measure(world: World) -> dict[str, torch.Tensor]:
+    """Every number of the theory, of 7 images in one process and 13 in another; the last class is in one only."""
+    draw = torch.Generator().manual_seed(2)
+    z = nn.functional.normalize(torch.randn(20, 3, 5, dtype=torch.float64, generator=draw), dim=2)
+    labels = torch.tensor([0, 1, 2, 0, 1, 1, 2, 0, 1, 2, 0, 1, 2, 0, 2, 1, 3, 3, 3, 4])
+    if world.size > 1:
+        part = slice(0, 7) if world.leads else slice(7, None)
+        z, labels = z[part], labels[part]
+    results = [
+        theory.prototype_bias(z, labels, world=world),
+        theory.supervised_objective(z, labels, 0.5, world=world),
+        *theory.bound(z, labels, [0.2, 1.0], 0.5, world=world),
+        theory.nscl_gap(z, labels, 0.3, world=world),
+    ]
+    numbers = [list(asdict(result).values()) for result in results]
+    found = {"numbers": torch.tensor(list(flat(numbers)), dtype=torch.float64)}
+    collapse = asdict(theory.collapse(z, labels, world=world))
+    return found | {"collapse": torch.tensor(list(flat(list(collapse.values()))), dtype=torch.float64)}
+
+
+def flat(x: Any) -> Iterator[float]:
+    for part in x.values() if isinstance(x, dict) else x:
+        yield from flat(part) if isinstance(part, (dict, list, tuple)) else [float(part)]
+
+
 def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     world = World(rank, 2)
     found: dict[Any, Any] = {(name, alpha): step(name, alpha, world) for name in HYPER for alpha in ALPHAS}
     found["micro"] = step("balanced", 0.3, world, micro_batch=3)
+    found["theory"] = measure(world)
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     dist.destroy_process_group()
@@ -131,6 +160,12 @@ def test_parts_of_a_batch_are_the_whole(name: str, micro_batch: int) -> None:
 
 def test_parts_in_two_processes_are_the_whole(two: dict[Any, Any]) -> None:
     close(two["micro"], step("balanced", 0.3, World()), 1e-12)
+
+
+def test_the_theory_of_parts_is_that_of_the_whole(two: dict[Any, Any]) -> None:
+    whole = measure(World())
+    for name in whole:
+        torch.testing.assert_close(two["theory"][name], whole[name], rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, run_folders
+from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 from scclr.config import TrackingConfig, UserError
@@ -22,8 +23,8 @@ def wandb_records(path: Path) -> Iterator[Record]:
     data.seek(7)
     parts = b""
     while header := data.read(7):
-        if 32768 - (data.tell() - 7) % 32768 < 7:  # padding at the end of a block
-            data.seek(32768 - data.tell() % 32768, 1)
+        if (start := data.tell() - len(header)) % 32768 > 32768 - 7:  # padding at the end of a block
+            data.seek(start + 32768 - start % 32768)
             continue
         _, length, kind = struct.unpack("<IHB", header)
         parts += data.read(length)
@@ -108,3 +109,14 @@ def test_a_run_is_tracked_offline(scclr: Callable[..., int], folder: Path) -> No
     rows = history(run)
     assert [row["_step"] for row in rows] == [2, 3, 4, 6]
     assert {"pretrain/attract", "pretrain/repel", "pretrain/loss"} <= set(rows[0])
+
+
+def test_a_picture_travels_with_the_first_row(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "views.png")
+    with RunLog(tmp_path, OFFLINE, name="n", group="g", settings={}, start=0) as log:
+        log.picture("views", tmp_path / "views.png")
+        log.row(10, {"loss": 1.5})
+    (row,) = history(tmp_path)
+    assert row["pretrain/loss"] == 1.5
+    assert row["views/_type"] == "image-file"
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/views*.png"))) == 1

@@ -187,7 +187,7 @@ def test_every_loss_trains(loss: str, scclr: Run, folder: Path) -> None:
     assert scclr("train", f"loss={loss}", *TINY) == 0
     (run,) = run_folders(folder)
     assert result_of(run)["oracle"] == (loss in ("nscl", "prototype", "supcon"))
-    assert result_of(run)["metrics"]["probe/logreg/top1"] > 0.5
+    assert result_of(run)["metrics"]["probe/logreg/top1"] > 0.4  # chance is 0.1
 
 
 def test_a_balance_schedule_is_followed(scclr: Run, folder: Path) -> None:

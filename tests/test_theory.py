@@ -1,0 +1,517 @@
+"""The theory against closed forms, naive transcriptions, and exact populations. Float64."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import references
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from scclr import theory
+from scclr.distributed import World
+from scclr.losses.balanced import BalancedLoss
+from scclr.losses.decoupled import DecoupledLoss
+from scclr.losses.nscl import NSCLLoss
+from scclr.theory.moments import influence
+from scclr.theory.pairs import certified_mean, jackknife
+from scclr.theory.sample import Sample
+
+STEPS = ("e0", "e1", "e2", "e3")
+
+
+def blobs(classes: int, images: int, views: int, d: int, seed: int = 0, noise: float = 0.7) -> tuple[Tensor, Tensor]:
+    """Images around classes, views around images, on the sphere; classes of ``images`` and one more, in turn."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.cat([torch.full((images + c % 2,), c) for c in range(classes)])
+    labels = labels[torch.randperm(len(labels), generator=draw)]
+    sizes = (classes, 1, d), (len(labels), 1, d), (len(labels), views, d)
+    centre, image, view = (torch.randn(*size, dtype=torch.float64, generator=draw) for size in sizes)
+    return F.normalize(centre[labels] + noise * image + noise * view, dim=2), labels
+
+
+populations = st.builds(
+    blobs, st.integers(2, 5), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 10**6),
+    st.sampled_from([0.0, 0.3, 1.0, 5.0]),
+)  # fmt: skip
+samples = st.builds(
+    blobs, st.integers(2, 4), st.integers(2, 4), st.integers(2, 4), st.integers(1, 4), st.integers(0, 10**6),
+    st.sampled_from([0.0, 0.3, 1.0, 5.0]),
+)  # fmt: skip
+
+
+def values(found: Any) -> Tensor:
+    """Every estimate of a result, in order."""
+    parts = [x for x in vars(found).values() if isinstance(x, theory.Estimate)]
+    return torch.tensor([[x.value, x.se] for x in parts], dtype=torch.float64)
+
+
+# --- the bias
+
+
+def test_the_bias_is_made_of_products_of_different_views_and_images() -> None:
+    z, labels = blobs(3, 4, 3, 5)
+    n, m, _ = z.shape
+    between = [(z[i, k] @ z[i, j]).item() for i in range(n) for k, j in itertools.permutations(range(m), 2)]
+    a = sum(between) / len(between)
+    rows = range(n)
+    product = {(i, j): (z[i].mean(0) @ z[j].mean(0)).item() for i in rows for j in rows}
+    b = 0.0
+    for c in range(3):
+        pairs = [product[i, j] for i, j in itertools.permutations(rows, 2) if labels[i] == labels[j] == c]
+        b += (labels == c).double().mean().item() * sum(pairs) / len(pairs)
+    g = sum(product[i, j] for i, j in itertools.permutations(rows, 2)) / (n * (n - 1))
+    found = theory.prototype_bias(z, labels)
+    for estimate, expected in ((found.b2, a - b), (found.s_b, b - g), (found.mean_norm2, g), (found.v_aug, 1 - a)):
+        assert math.isclose(estimate.value, expected, rel_tol=0, abs_tol=1e-14)
+    assert math.isclose(found.i_b.value, (a - b) / (a - g), rel_tol=1e-12)
+    for c in range(3):  # the form of an analysis of variance: between images, less what the views leave of it
+        mine = z[labels == c]
+        variance = mine.mean(1).var(0).sum()
+        v_aug = mine.var(1).sum(1).mean()
+        assert math.isclose(found.by_class[c].value, (variance - v_aug / m).item(), abs_tol=1e-14)
+
+
+def test_the_bias_is_the_mean_of_its_influence() -> None:
+    z, labels = blobs(3, 5, 4, 6)
+    sample = Sample(z, labels, population=False, world=World())
+    per_image = torch.cat([rows for rows, _, _ in influence(sample)])  # a, b, g
+    found = theory.prototype_bias(z, labels)
+    for weights, estimate in (((1, -1, 0), found.b2), ((0, 1, -1), found.s_b), ((0, 0, 1), found.mean_norm2)):
+        h = per_image @ torch.tensor(weights, dtype=torch.float64)
+        assert math.isclose(h.mean().item(), estimate.value, abs_tol=1e-12)
+        assert math.isclose(h.std().item() / len(h) ** 0.5, estimate.se, rel_tol=1e-9)
+    step = 1e-6  # the ratio's error, by differences
+    a, b, g = per_image.mean(0).tolist()
+    ratio = lambda a, b, g: (a - b) / (a - g)  # noqa: E731
+    at = ratio(a, b, g)
+    slope = torch.tensor([ratio(a + step, b, g) - at, ratio(a, b + step, g) - at, ratio(a, b, g + step) - at]) / step
+    assert math.isclose((per_image @ slope.double()).std().item() / len(z) ** 0.5, found.i_b.se, rel_tol=1e-4)
+
+
+@given(samples)
+@settings(max_examples=25, deadline=None)
+def test_the_parts_add_to_one_and_depend_on_geometry_only(sample: tuple[Tensor, Tensor]) -> None:
+    z, labels = sample
+    found = theory.prototype_bias(z, labels)
+    parts = (found.mean_norm2, found.s_b, found.b2, found.v_aug)
+    assert math.isclose(sum(part.value for part in parts), 1, abs_tol=1e-12)
+    draw = torch.Generator().manual_seed(1)
+    turn = torch.linalg.qr(torch.randn(z.shape[2], z.shape[2], dtype=torch.float64, generator=draw))[0]
+    order, views = torch.randperm(len(z), generator=draw), torch.randperm(z.shape[1], generator=draw)
+    moved = theory.prototype_bias((z @ turn)[order][:, views], (labels.max() - labels)[order])
+    for one, other in zip(parts, (moved.mean_norm2, moved.s_b, moved.b2, moved.v_aug), strict=True):
+        assert math.isclose(one.value, other.value, abs_tol=1e-12)
+        assert math.isclose(one.se, other.se, abs_tol=1e-7)
+
+
+def test_images_and_views_that_are_alike() -> None:
+    z, labels = blobs(3, 4, 1, 5)
+    doubled = theory.prototype_bias(z.repeat(1, 3, 1), labels)
+    assert abs(doubled.v_aug.value) < 1e-14
+    assert doubled.b2.value > 0.1
+    one = torch.stack([z[labels == c][0] for c in range(3)])[labels]
+    assert abs(theory.prototype_bias(one.repeat(1, 2, 1), labels).b2.value) < 1e-14
+    collapsed = theory.prototype_bias(z[:1].repeat(len(z), 2, 1), labels)
+    assert collapsed.mean_norm2.value == pytest.approx(1)
+    assert math.isnan(collapsed.i_b.value)
+
+
+def draw(z: Tensor, labels: Tensor, images: int, views: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A sample, with replacement, of a population of equally probable views of equally probable images."""
+    random = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(z), (images,), generator=random)
+    view = torch.randint(z.shape[1], (images, views), generator=random)
+    return z[chosen.unsqueeze(1), view], labels[chosen]
+
+
+@pytest.mark.parametrize("views", [2, 8])
+def test_the_estimate_has_no_bias_and_an_honest_error(views: int) -> None:
+    z, labels = blobs(4, 30, 20, 6, noise=1.0)
+    truth = theory.prototype_bias(z, labels, population=True)
+    found = [theory.prototype_bias(*draw(z, labels, 120, views, seed)) for seed in range(250)]
+    for name in ("b2", "v_aug", "s_b", "mean_norm2"):
+        mean = torch.tensor([getattr(one, name).value for one in found], dtype=torch.float64)
+        standard_error = mean.std().item() / len(mean) ** 0.5
+        if name != "s_b":  # its class shares are the sample's: biased by O(1 / n)
+            assert abs(mean.mean().item() - getattr(truth, name).value) < 3 * standard_error, name
+        claimed = sum(getattr(one, name).se ** 2 for one in found) / len(found)
+        assert 0.8 < claimed**0.5 / mean.std().item() < 1.2, name
+    plug_in = [theory.prototype_bias(*draw(z, labels, 120, views, seed), population=True).b2.value for seed in range(9)]
+    assert min(plug_in) > truth.b2.value + 3 * standard_error
+    b1 = torch.tensor([one.b1.value for one in found])
+    if views == 8:
+        assert abs(b1.mean().item() - truth.b1.value) < 0.01
+
+
+@given(populations)
+@settings(max_examples=40, deadline=None)
+def test_attraction_is_exact_and_b1_is_between(population: tuple[Tensor, Tensor]) -> None:
+    z, labels = population
+    found = theory.prototype_bias(z, labels, population=True)
+    objective = theory.supervised_objective(z, labels, 1.0, population=True)
+    assert math.isclose(objective.attract.value + 1 - found.v_aug.value, found.b2.value, abs_tol=1e-12)  # T1
+    assert found.b2.value - 1e-12 <= found.b1.value <= math.sqrt(max(0, found.b2.value)) + 1e-7
+    prototype = torch.stack([z[labels == c].mean((0, 1)) for c in range(int(labels.max()) + 1)])
+    by_hand = (z.mean(1) - prototype[labels]).square().sum(1).mean().item()
+    assert math.isclose(found.b2.value, by_hand, abs_tol=1e-12)
+    merged = theory.prototype_bias(z, labels.clamp(max=int(labels.max()) - 1), population=True)  # the last two are one
+    p, q = ((labels == labels.max() - k).double().mean() for k in (0, 1))
+    added = p * q / (p + q) * (prototype[-1] - prototype[-2]).square().sum()
+    assert math.isclose(merged.b2.value, found.b2.value + added.item(), abs_tol=1e-12)
+    same = [z[i, k] @ z[j, m] for i in range(len(z)) for j in range(len(z)) if labels[i] == labels[j]
+            for k in range(z.shape[1]) for m in range(z.shape[1])]  # fmt: skip
+    if (labels.bincount() == labels.bincount()[0]).all():  # SupCon's attraction less SimCLR's is B2
+        assert math.isclose(1 - found.v_aug.value - torch.stack(same).mean().item(), found.b2.value, abs_tol=1e-12)
+
+
+# --- the bound
+
+
+@given(populations, st.sampled_from([0.05, 0.3, 1.0, 10.0]), st.sampled_from([0.25, 1.0, 4.0]))
+@settings(max_examples=60, deadline=None)
+def test_the_bounds_hold_on_every_population(population: tuple[Tensor, Tensor], tau: float, lam: float) -> None:
+    check_bound(*population, tau, lam, population=True)
+
+
+@given(samples, st.sampled_from([0.05, 0.3, 1.0, 10.0]), st.sampled_from([0.25, 1.0, 4.0]))
+@settings(max_examples=40, deadline=None)
+def test_the_bounds_hold_on_every_sample(sample: tuple[Tensor, Tensor], tau: float, lam: float) -> None:
+    check_bound(*sample, tau, lam, population=False)
+
+
+def check_bound(z: Tensor, labels: Tensor, tau: float, lam: float, *, population: bool) -> None:
+    (found,) = theory.bound(z, labels, [tau], lam, population=population)
+    gaps = [getattr(found, name).value for name in STEPS]
+    assert min(*gaps, found.t5_slack.value, found.t4_slack.value, found.t6_slack.value) >= -1e-10
+    assert math.isclose(found.t5_slack.value, lam * sum(gaps), abs_tol=1e-10)
+    assert math.isclose(found.t5.value - found.t5_slack.value, found.supervised.value, abs_tol=1e-10)
+    objective = theory.supervised_objective(z, labels, lam, population=population)
+    assert math.isclose(objective.upper.value, found.supervised.value, abs_tol=1e-10)
+    if population:
+        assert objective.lower == objective.upper
+    else:
+        assert found.repel_decoupled.value <= found.repel_certified.value + 1e-10
+
+
+def test_the_bound_is_what_it_says() -> None:
+    z, labels = blobs(3, 3, 2, 4)
+    tau, lam, rows = 0.4, 1.7, z.flatten(0, 1)
+    label, image = labels.repeat_interleave(2), torch.arange(len(z)).repeat_interleave(2)
+    prototype = torch.stack([rows[label == c].mean(0) for c in range(3)])
+    share = labels.bincount().double() / len(labels)
+    n = len(rows)
+    for population in (True, False):
+        repel, cosine, decoupled, excluded, constant, certified, ntxent, q = ([] for _ in range(8))
+        for i, c in enumerate(label.tolist()):
+            others = [y for y in range(3) if y != c]
+            keys = [k for k in range(n) if population or image[k] != image[i]]
+            counts = [sum(int(label[k]) == y for k in keys) / len(keys) for y in range(3)]
+            u = {k: math.exp((rows[i] @ rows[k]).item() / tau) for k in keys}
+            foreign = [u[k] for k in keys if label[k] != c]
+            repel.append(max((rows[i] @ prototype[y]).item() for y in others))
+            cosine.append(max((rows[i] @ prototype[y] / prototype[y].norm()).item() for y in others))
+            decoupled.append(tau * math.log(sum(u.values()) / len(keys)) + tau * math.log(1 / min(counts)))
+            excluded.append(tau * math.log(sum(foreign) / len(foreign)))
+            constant.append(tau * math.log((1 - counts[c]) / min(counts[y] for y in others)))
+            certified.append(tau * math.log((2 * math.exp(1 / tau) + sum(u.values())) / n))
+            positive = sum(
+                math.exp((rows[i] @ rows[k]).item() / tau) for k in range(n) if image[k] == image[i] and k != i
+            )
+            ntxent.append(tau * math.log((sum(u.values()) + positive) / (n - 1)))
+            q.append(1 - sum(foreign) / sum(u.values()))
+        mean = lambda x: sum(x) / len(x)  # noqa: E731
+        (found,) = theory.bound(z, labels, [tau], lam, population=population)
+        own = 0 if population else 1
+        b = [((rows[label == c].sum(0) / 2).square().sum() - own * z[labels == c].mean(1).square().sum()).item()
+             / int((labels == c).sum()) / (int((labels == c).sum()) - own) for c in range(3)]  # fmt: skip
+        attract = -sum(p * x for p, x in zip(share.tolist(), b, strict=True))
+        expected = {
+            "supervised": attract + lam * mean(repel),
+            "t5": attract + lam * mean(decoupled),
+            "t4": attract + lam * (mean(excluded) + mean(constant)),
+            "t6": attract + lam * (mean(decoupled) + 1 - prototype.norm(dim=1).min().item()),
+            "q_same": mean(q),
+            "nscl_gap": mean([-math.log(1 - x) for x in q]),
+        }
+        length = sum(p * math.sqrt(max(0, x)) for p, x in zip(share.tolist(), b, strict=True))
+        expected["t6_slack"] = expected["t6"] + length - lam * mean(cosine)
+        if not population:
+            expected["repel_certified"], expected["repel_ntxent"] = mean(certified), mean(ntxent)
+            expected["certified"] = attract + lam * (mean(certified) + tau * math.log(1 / share.min().item()))
+        for name, value in expected.items():
+            assert math.isclose(getattr(found, name).value, value, abs_tol=1e-12), name
+
+
+@pytest.mark.parametrize(
+    ("classes", "tau", "t5", "t4"), [(10, 0.5, 1.4515, 1.0986), (100, 0.1, 1.0105, 0.4595), (2, 0.5, 2.0091, 0.0)]
+)
+def test_slack_at_neural_collapse(classes: int, tau: float, t5: float, t4: float) -> None:
+    simplex = F.normalize(torch.eye(classes, dtype=torch.float64) - 1 / classes, dim=1).unsqueeze(1)
+    (found,) = theory.bound(simplex, torch.arange(classes), [tau], 1.0, population=True)
+    assert found.t5_slack.value == pytest.approx(t5, abs=5e-5)
+    assert found.t4_slack.value == pytest.approx(t4, abs=5e-5)
+    closed = tau * math.log(math.exp(1 / tau) + (classes - 1) * math.exp(-1 / ((classes - 1) * tau))) + 1 / (
+        classes - 1
+    )
+    assert math.isclose(found.t5_slack.value, closed, rel_tol=1e-12)
+
+
+def test_repulsion_is_bracketed_in_the_mean() -> None:
+    z, labels = blobs(3, 10, 6, 5)
+    tau = 0.1
+    (truth,) = theory.bound(z, labels, [tau], 1.0, population=True)
+    found = [theory.bound(*draw(z, labels, 16, 2, seed), [tau], 1.0)[0] for seed in range(60)]
+    names = ("repel_decoupled", "repel_jackknife", "repel_certified", "certified")
+    mean = {name: sum(getattr(one, name).value for one in found) / len(found) for name in names}
+    error = torch.tensor([one.repel_decoupled.value for one in found]).std().item() / len(found) ** 0.5
+    target = truth.repel_decoupled.value
+    assert mean["repel_decoupled"] < target - 2 * error
+    assert abs(mean["repel_jackknife"] - target) < min(3 * error, target - mean["repel_decoupled"])
+    assert mean["repel_certified"] > target
+    assert mean["certified"] > truth.supervised.value
+    claimed = sum(one.repel_decoupled.se**2 for one in found) / len(found)
+    assert 0.7 < claimed**0.5 / (error * len(found) ** 0.5) < 1.4
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_counting_oneself_never_underestimates(views: int) -> None:
+    """Two-valued similarities, every outcome of K other images enumerated."""
+    tau = 0.5
+    for low, high, chance in itertools.product((-1.0, -0.2), (0.3, 1.0), (0.01, 0.3, 0.9)):
+        u = torch.tensor([low, high], dtype=torch.float64).sub(1).div(tau).exp()  # over exp(1 / tau)
+        truth = math.log((1 - chance) * u[0] + chance * u[1]) + 1 / tau
+        plain = []
+        for k in range(9):
+            hits = torch.arange(k + 1, dtype=torch.float64)
+            log_weights = torch.lgamma(torch.tensor(k + 1.0)) - torch.lgamma(hits + 1) - torch.lgamma(k - hits + 1)
+            weights = log_weights.exp() * chance**hits * (1 - chance) ** (k - hits)
+            total = views * ((k - hits) * u[0] + hits * u[1])
+            assert (weights @ certified_mean(total, k + 1, views, tau)).item() > truth
+            if k:
+                plain.append((weights @ (total / views / k).log()).item() + 1 / tau)
+        assert max(plain) < truth
+        assert plain == sorted(plain)
+
+
+def test_uniformity_bounds_repulsion() -> None:
+    z, labels = blobs(3, 4, 2, 4)
+    tau, rows = 0.4, z.flatten(0, 1)
+    (found,) = theory.bound(z, labels, [tau], 1.0, population=True)
+    uniformity = torch.cdist(rows, rows).square().mul(-1 / (2 * tau)).exp().mean().log().item()
+    assert found.repel_decoupled.value / tau <= uniformity + 1 / tau + 1e-12
+
+
+def test_the_gap_to_the_supervised_twin() -> None:
+    z, labels = blobs(3, 4, 2, 5)
+    tau, alpha = 0.3, 0.4
+    both = [loss(alpha=alpha, temperature=tau)(*z.unbind(1), labels=labels).total for loss in (DecoupledLoss, NSCLLoss)]
+    gap = theory.nscl_gap(z, labels, tau)
+    assert math.isclose(2 * (1 - alpha) * gap.value, (both[0] - both[1]).item(), rel_tol=1e-12)
+    (found,) = theory.bound(z, labels, [tau], 1.0)
+    assert found.nscl_gap.value == pytest.approx(gap.value, rel=1e-12)
+    assert found.nscl_gap.se == pytest.approx(gap.se, rel=1e-9)
+    assert theory.same_class_mass(z, labels, tau).value == pytest.approx(found.q_same.value, rel=1e-12)
+
+
+def test_jackknife_of_a_mean() -> None:
+    x = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parts = torch.stack([x.mean(), *((x.sum() - x[i]) / 39 for i in range(40))])
+    corrected, error = jackknife(parts, population=False)
+    assert math.isclose(corrected.item(), x.mean().item(), rel_tol=1e-12)
+    assert math.isclose(error.item(), x.std().item() / 40**0.5, rel_tol=1e-12)
+
+
+# --- collapse
+
+
+def test_a_simplex_is_collapsed() -> None:
+    simplex = F.normalize(torch.eye(5, dtype=torch.float64) - 0.2, dim=1)
+    labels = torch.arange(5).repeat(6)
+    found = theory.collapse(simplex[labels].unsqueeze(1).repeat(1, 3, 1), labels)
+    assert abs(found.nc1) < 1e-12
+    assert abs(found.cdnv) < 1e-12
+    assert (found.etf_mean, found.etf_sd, found.effective_rank) == pytest.approx((-0.25, 0, 4), abs=1e-6)
+    assert found.rho == pytest.approx([1] * 5)
+    assert found.spectrum == pytest.approx([0.25] * 4 + [0], abs=1e-12)
+
+
+def test_collapse_by_hand() -> None:
+    z, labels = blobs(3, 40, 3, 4)
+    found = theory.collapse(z, labels)
+    prototype = torch.stack([z[labels == c].mean((0, 1)) for c in range(3)])
+    within = sum(torch.outer(x, x) for x in (z - prototype[labels].unsqueeze(1)).flatten(0, 1)) / z[..., 0].numel()
+    between = torch.cov(prototype.T, correction=0)
+    assert math.isclose(found.nc1, (within @ torch.linalg.pinv(between, rtol=1e-9)).trace().item() / 3, rel_tol=1e-9)
+    truth = theory.collapse(z, labels, population=True)
+    assert found.cdnv == pytest.approx(truth.cdnv, rel=0.1)
+    assert found.cdnv > truth.cdnv  # prototypes of a sample lie too far apart
+    assert sum(found.spectrum) == pytest.approx(1)
+
+
+# --- thresholds
+
+
+def test_onsets_and_class_thresholds() -> None:
+    onset = [theory.misalignment_onset(256, tau) for tau in (0.05, 0.1, 0.2, 0.5, 1.0)]
+    assert onset == pytest.approx([0.5, 0.4945, 0.185, 0.012, 0.003], abs=5e-4)
+    for images, tau in ((4, 0.5), (30, 0.2), (256, 0.2)):
+        edge = theory.misalignment_onset(images, tau)
+        assert references.minimum(images, edge + 1e-6, tau)[1] == 1
+        assert references.minimum(images, edge - 1e-6, tau)[1] < 1
+    table = {0.5: (0.763, 0.697, 0.601, 0.469, 0.282, 0.170), 0.2: (0.769, 0.768, 0.762, 0.751, 0.718, 0.670)}
+    for tau, row in table.items():
+        found = [theory.class_threshold(classes, tau, 0.7) for classes in (2, 5, 10, 20, 50, 100)]
+        assert found == pytest.approx(row, abs=5e-4)
+    assert theory.class_threshold(100, 0.01, 0.7) == pytest.approx(1 / 1.3, abs=1e-6)
+
+
+def gram_loss(gram: Tensor, alpha: float, tau: float) -> float:
+    """The balanced loss of unit embeddings with this Gram matrix [2B, 2B], views one after the other."""
+    values, vectors = torch.linalg.eigh(gram)
+    z = vectors * values.clamp(min=0).sqrt()
+    return BalancedLoss(alpha=alpha, temperature=tau)(*z.chunk(2)).total.item()
+
+
+@pytest.mark.parametrize("tau", [0.2, 0.5])
+@pytest.mark.parametrize("r", [0.0, 0.4, 0.9])
+def test_constant_embeddings_are_stable_above_the_threshold(r: float, tau: float) -> None:
+    images, step = 60, 1e-4
+    n = 2 * images
+    feature = torch.eye(n, dtype=torch.float64) + r * torch.eye(n, dtype=torch.float64).roll(images, 0)
+    constant = torch.ones(n, n, dtype=torch.float64)
+    for shift in (-0.02, 0.02):
+        alpha = theory.collapse_threshold(r) + shift
+        change = gram_loss((constant + step * feature) / (1 + step), alpha, tau) - gram_loss(constant, alpha, tau)
+        assert (change > 0) == (shift > 0)
+        growth = (1 - alpha) * (1 - r / (n - 1)) - alpha * (1 - r)
+        assert change == pytest.approx(-2 * step / tau * growth, rel=1e-3)
+
+
+@pytest.mark.parametrize(("tau", "alpha"), [(0.2, 0.4), (0.5, 0.5), (0.5, 0.7)])
+def test_a_feature_is_admitted_above_the_threshold(tau: float, alpha: float) -> None:
+    z, _ = blobs(3, 6, 2, 5, noise=0.2)
+    pair = z.transpose(0, 1)  # [2, B, P]
+    n, step = pair.shape[1], 1e-4
+    gram = pair.flatten(0, 1) @ pair.flatten(0, 1).T
+    r_star = theory.admission_threshold(pair, tau, alpha).r_star.item()
+    for shift in (-0.01, 0.01):
+        feature = torch.eye(2 * n, dtype=torch.float64)
+        feature = feature + (r_star + shift) * feature.roll(n, 0)
+        change = gram_loss((gram + step * feature) / (1 + step), alpha, tau) - gram_loss(gram, alpha, tau)
+        assert (change < 0) == (shift > 0)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_admission_by_hand(decoupled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scclr.theory.thresholds.ROWS", 5)
+    z, labels = blobs(2, 3, 3, 4)
+    alpha, tau, views = 0.3, 0.4, z.transpose(0, 1)
+    rows, label = views.flatten(0, 1), labels.repeat(3)
+    n, images = len(rows), len(labels)
+    found = theory.admission_threshold(views, tau, alpha, labels=labels, decoupled=decoupled)
+    top, mass, pushed, same = 0.0, 0.0, 0.0, 0.0
+    for i in range(n):
+        positives = [k for k in range(n) if k != i and k % images == i % images]
+        keys = [k for k in range(n) if k % images != i % images or (k in positives and not decoupled)]
+        weights = torch.stack([rows[i] @ rows[k] / tau for k in keys]).softmax(0).tolist()
+        p = dict(zip(keys, weights, strict=True))
+        own = sum(p.get(k, 0) for k in positives)
+        attraction = sum((rows[i] @ rows[k]).item() for k in positives) / 2
+        top += alpha * attraction - (1 - alpha) * sum(x * (rows[i] @ rows[k]).item() for k, x in p.items())
+        mass += own
+        pushed += sum(p.get(k, 0) > alpha / (1 - alpha) / 2 for k in positives) / 2
+        negatives = {k: x for k, x in p.items() if k not in positives}
+        same += sum(x for k, x in negatives.items() if label[k] == label[i]) / sum(negatives.values())
+    assert found.p_positive.item() == pytest.approx(mass / n, rel=1e-12)
+    assert found.repelled.item() == pytest.approx(pushed / n)
+    assert found.q_same.item() == pytest.approx(same / n, rel=1e-12)
+    assert found.r_star.item() == pytest.approx((top / n) / (alpha - (1 - alpha) * mass / n), rel=1e-12)
+
+
+def test_correlations_are_those_of_the_augmentation() -> None:
+    draw = torch.Generator().manual_seed(0)
+    r = torch.tensor([0.9, 0.6, 0.2, 0.0], dtype=torch.float64)
+    n, labels = 20000, torch.arange(20000) % 2
+    signal = torch.randn(n, 4, dtype=torch.float64, generator=draw)
+    signal[:, 0] = 2.0 * labels - 1  # the best feature is the class
+    mix = torch.randn(4, 6, dtype=torch.float64, generator=draw)  # six features of rank four
+    h1, h2 = (
+        (r.sqrt() * signal + (1 - r).sqrt() * torch.randn(n, 4, dtype=torch.float64, generator=draw)) @ mix
+        for _ in range(2)
+    )
+    found = theory.augmentation_correlations(h1, h2, ridge=1e-8)
+    torch.testing.assert_close(found[:3], r[:3], atol=0.02, rtol=0)
+    assert found[3:].abs().max() < 0.03
+    assert theory.augmentation_correlations(h1, h2, labels)[0].item() == pytest.approx(0.6, abs=0.02)
+    assert theory.collapse_threshold(0.9) == pytest.approx(1 / 1.1)
+    noise = [torch.randn(200, 60, generator=draw) for _ in range(2)]
+    assert theory.augmentation_correlations(*noise)[0] < 0.35  # in the images of the fit it would be above 0.7
+    constant = torch.ones(10, 3)
+    assert theory.augmentation_correlations(constant, constant).tolist() == [0, 0, 0]
+
+
+# --- data
+
+
+def test_float32_and_whole_numbers_of_images_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, labels = blobs(3, 7, 4, 5)
+
+    def everything(z: Tensor) -> Tensor:
+        found = [theory.prototype_bias(z, labels), *theory.bound(z, labels, [0.2, 1.0], 0.5)]
+        return torch.cat([values(one) for one in (*found, theory.supervised_objective(z, labels, 0.5))])
+
+    before, state = everything(z), torch.get_rng_state()
+    torch.testing.assert_close(everything(z.float()), before, atol=1e-6, rtol=1e-5)
+    for chunk, rows in ((1, 1), (5, 7)):
+        monkeypatch.setattr("scclr.theory.sample.CHUNK", chunk)
+        monkeypatch.setattr("scclr.theory.pairs.ROWS", rows)
+        torch.testing.assert_close(everything(z), before, atol=1e-11, rtol=1e-9)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_class_of_one_image_is_dropped_and_reported() -> None:
+    z, labels = blobs(3, 4, 2, 5)
+    z, labels = torch.cat([z, z[:1]]), torch.cat([labels + (labels > 0), torch.tensor([1])])
+    found, rest = theory.prototype_bias(z, labels), theory.prototype_bias(z[:-1], labels[:-1])
+    assert (found.dropped, found.images) == ([1], len(z) - 1)
+    assert found.b2.value == pytest.approx(rest.b2.value, rel=1e-12)
+    assert math.isnan(found.by_class[1].value)
+    assert len(found.by_class) == 4
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    z, labels = blobs(3, 4, 2, 5)
+    spoiled = z.clone()
+    spoiled[0, 0, 0] = math.nan
+    refused: list[tuple[Tensor, Tensor, str]] = [
+        (z[:, :1], labels, "one view of every image"),
+        (spoiled, labels, "1 rows of z are not finite"),
+        (2 * z, labels, "not of unit length"),
+        (z, labels - 1, "images have no label"),
+        (z, torch.arange(len(z)), "every class has one image"),
+        (z[0], labels, r"give z \[n, M, d\]"),
+        (z, labels.double(), r"int64 \[n\]"),
+    ]
+    for rows, classes, message in refused:
+        with pytest.raises(ValueError, match=message):
+            theory.prototype_bias(rows, classes)
+    for temperatures, lam, message in (([], 1.0, "temperatures"), ([0.0], 1.0, "positive"), ([0.5], -1.0, "lam=-1")):
+        with pytest.raises(ValueError, match=message):
+            theory.bound(z, labels, temperatures, lam)
+    with pytest.raises(ValueError, match="one class only"):
+        theory.bound(z, 0 * labels, [0.5], 1.0)
+    with pytest.raises(ValueError, match="one class only"):
+        theory.supervised_objective(z, 0 * labels, 1.0)
+    with pytest.raises(ValueError, match="four images"):
+        theory.augmentation_correlations(z[:3, 0], z[:3, 1])
+    with pytest.raises(ValueError, match="not finite"):
+        theory.augmentation_correlations(spoiled[:, 0], spoiled[:, 1])
+    with pytest.raises(ValueError, match="classes=1"):
+        theory.class_threshold(1, 0.5, 0.5)
+    with pytest.raises(ValueError, match="images=1"):
+        theory.misalignment_onset(1, 0.5)
