@@ -4,7 +4,7 @@ Dimensions: N images, G of them a step, B of these in this process, V views of e
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
@@ -52,7 +52,7 @@ def batches(
     device, n, share = data.labels.device, len(data), batch_size // size
     own, order = slice(rank * share, (rank + 1) * share), None
     if isinstance(data.images, OnDisk):
-        job = _Share(data.images, augment, seed, batch_size, own.start, share)
+        job = _Share(data.images, suited(augment, data.images), seed, batch_size, own.start, share)
         keys = range(steps.start * job.blocks, steps.stop * job.blocks)
         stream: Iterator[Block] = read_ahead(job, keys, data.images.workers, pin=device.type == "cuda")
     for step in steps:
@@ -68,12 +68,28 @@ def batches(
         yield Batch(images, data.labels[rows])
 
 
-def check_rotation(data: ImageSet, augment: Augment) -> None:
-    """Raise ``UserError`` for views that cannot be cut while reading."""
+def suited(augment: Augment, images: Tensor | OnDisk) -> Augment:
+    """``augment`` with views of the size of ``images``, where it sets none: a cache may hold larger squares.
+
+    Raises:
+        UserError: a rotation, which comes before the crop, of files whose crops are cut while reading.
+    """
     rotation = max(recipe.rotation for recipe in augment.recipes)
     advice = "type augment.rotation=0, or give dataset.cache=<folder> or dataset.in_memory=true"
-    streamed = isinstance(data.images, Files)
-    require(not (streamed and rotation > 0), f"augment.rotation={rotation:g} needs whole images, not files: {advice}")
+    cut = isinstance(images, Files) and rotation > 0
+    require(not cut, f"augment.rotation={rotation:g} needs whole images, not files: {advice}")
+    return replace(augment, size=augment.size or images.shape[-1])
+
+
+def views(data: ImageSet, augment: Augment, *, seed: int, step: int) -> Tensor:
+    """The views [V N, C, S, S] that ``step`` would have, if it saw just ``data``."""
+    augment = suited(augment, data.images)
+    if isinstance(data.images, OnDisk):
+        job = _Share(data.images, augment, seed, len(data), 0, len(data))
+        images = data.images.accept(job.read(torch.arange(len(data)), step, slice(0, len(data))))
+    else:
+        images = data.images
+    return augment(images, seed=seed, step=step)
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,10 @@ class _Share:
     def __call__(self, key: int) -> Block:
         step, block = divmod(key, self.blocks)
         part = slice(self.first + block * BLOCK, self.first + min((block + 1) * BLOCK, self.share))
-        rows = batch_indices(self.seed, step, len(self.images), self.batch_size)[part]
+        return self.read(batch_indices(self.seed, step, len(self.images), self.batch_size)[part], step, part)
+
+    def read(self, rows: Tensor, step: int, part: slice) -> Block:
+        """Images ``rows``, which are a ``part`` of the batch of ``step``."""
         views = len(self.augment.views)
         draws = self.augment.draw(self.batch_size, seed=self.seed, step=step).of(views, part)
 
@@ -102,4 +121,5 @@ class _Share:
             sizes = (side.repeat(views) if isinstance(side, Tensor) else side for side in (height, width))
             return draws.boxes(*sizes).unflatten(0, (views, -1)).transpose(0, 1)  # [B, V, 4]
 
-        return self.images.fetch(rows, boxes, self.augment.size or self.images.size)
+        assert self.augment.size is not None
+        return self.images.fetch(rows, boxes, self.augment.size)

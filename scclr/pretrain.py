@@ -20,7 +20,7 @@ from scclr.augment import Augment
 from scclr.config import PretrainConfig, UserError, require
 from scclr.datasets import ImageSet
 from scclr.distributed import World
-from scclr.loader import Batch, batches
+from scclr.loader import Batch, batches, suited
 from scclr.losses import Keys, Loss, LossTerms
 from scclr.model import Model
 from scclr.optim import lr_factor, set_lr
@@ -167,7 +167,7 @@ def pretrain(
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     forward = world.replicate(model.train().to(memory_format=layout))
     forward = torch.compile(forward) if config.compile else forward  # type: ignore[assignment]
-    steps = range(start, total)
+    steps, augment = range(start, total), suited(augment, data.images)
     feed = batches(data, augment, seed=seed, batch_size=batch_size, steps=steps, rank=world.rank, size=world.size)
     window = _Window(device, start, world, carried)
     for step, batch in zip(steps, feed, strict=True):

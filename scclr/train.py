@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from scclr.config import (
 from scclr.datasets import Splits
 from scclr.distributed import World, joined, launched
 from scclr.launch import repeatable, spread
-from scclr.loader import batch_indices, check_rotation
+from scclr.loader import batch_indices, suited
 from scclr.losses import Loss
 from scclr.model import Model
 from scclr.optim import describe
@@ -228,7 +228,6 @@ def pretrain_stage(
     """
     options, device = config.pretrain, splits.train.labels.device
     loss, augment = make_loss(config, len(splits.classes)).to(device), build("augment", config.augment)
-    augment = replace(augment, size=augment.size or splits.train.images.shape[-1])  # a cache may hold larger images
     optimizer = build("optimizer", config.optimizer, model=model, batch_size=options.batch_size)
     scaler = torch.amp.GradScaler(device.type, enabled=precision_of(device, options.precision) == torch.float16)
     start, clock, previous = 0, time.monotonic(), 0.0
@@ -355,7 +354,7 @@ def load_weights(model: Model, checkpoint: dict[str, Any], config: TrainConfig) 
 
 def check_fit(config: TrainConfig, splits: Splits) -> None:
     """A step needs a whole batch, a supervised loss labels, and a rotation whole images."""
-    check_rotation(splits.pretrain, build("augment", config.augment))
+    suited(build("augment", config.augment), splits.pretrain.images)
     n, batch = len(splits.pretrain), config.pretrain.batch_size
     require(batch <= n, f"pretrain.batch_size={batch} is larger than the {n} images to pretrain on: type a smaller one")
     labelled = bool((splits.pretrain.labels >= 0).all())

@@ -26,7 +26,7 @@ from scclr.datasets import ImageSet, cache
 from scclr.datasets.files import Files, centre, crops, decode, read_ahead
 from scclr.datasets.imagefolder import ImageFolder
 from scclr.encoders.convnet import ConvNet
-from scclr.loader import batches, check_rotation
+from scclr.loader import batch_indices, batches, suited, views
 from scclr.model import Model
 from scclr.probe import features
 
@@ -127,7 +127,7 @@ def test_cmyk_grey_and_png_come_out_in_rgb(photographs: Path) -> None:
 
 def gathered(data: ImageSet, steps: range, size: int = 1, **changes: object) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(views of all processes in the order of an image, labels) of each step."""
-    augment = augmentation(size=16, **changes)
+    augment = augmentation(**{"size": 16, **changes})
     ranks = [
         list(batches(data, augment, seed=3, batch_size=8, steps=steps, rank=rank, size=size)) for rank in range(size)
     ]
@@ -152,8 +152,8 @@ def test_workers_processes_and_resuming_change_nothing(
     again = gathered(read, range(6), size=2)
     resumed = gathered(read, range(3, 6), size=1)
     assert len(again) == 6
-    for (views, labels), (other, others) in zip(expected + expected[3:], again + resumed, strict=True):
-        assert torch.equal(views, other)
+    for (seen, labels), (other, others) in zip(expected + expected[3:], again + resumed, strict=True):
+        assert torch.equal(seen, other)
         assert torch.equal(labels, others)
     assert not torch.equal(expected[0][0], expected[2][0])
 
@@ -163,11 +163,21 @@ def test_crops_of_files_are_those_of_the_images(tmp_path: Path) -> None:
     write_photographs(tmp_path, size=(60, 60))
     data = everything(tmp_path)
     memory = ImageSet(torch.stack([pixels(Image.open(path)) for path in sorted(tmp_path.glob("*/*"))]), data.labels)
-    for (views, labels), (other, others) in zip(
+    for (seen, labels), (other, others) in zip(
         gathered(data, range(3), jitter=0, grayscale=0), gathered(memory, range(3), jitter=0, grayscale=0), strict=True
     ):
         assert torch.equal(labels, others)
-        assert (views - other).abs().max() < 1.01 / 255  # the crops are rounded to whole levels
+        assert (seen - other).abs().max() < 1.01 / 255  # the crops are rounded to whole levels
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_views_of_a_few_are_those_of_a_step(cached: bool, photographs: Path, tmp_path: Path) -> None:
+    data, augment = everything(photographs, cache=str(tmp_path) if cached else None, resize=32), augmentation()
+    (batch,) = batches(data, augment, seed=1, batch_size=20, steps=range(1))
+    order = batch_indices(1, 0, 20, 20)
+    expected = suited(augment, data.images)(batch.images, seed=1, step=0)
+    assert expected.shape == (40, 3, 24, 24)
+    assert torch.equal(views(data[order], augment, seed=1, step=0), expected)
 
 
 def test_order_and_labels(photographs: Path) -> None:
@@ -181,8 +191,8 @@ def test_order_and_labels(photographs: Path) -> None:
 def test_rotation_of_files_is_refused(photographs: Path, tmp_path: Path) -> None:
     turning = augmentation(views=[{}, {"rotation": 10}])
     with pytest.raises(UserError, match=r"augment\.rotation=10 needs whole images.*dataset\.cache=<folder>"):
-        check_rotation(everything(photographs), turning)
-    check_rotation(everything(photographs, cache=str(tmp_path)), turning)
+        suited(turning, everything(photographs).images)
+    assert suited(turning, everything(photographs, cache=str(tmp_path), resize=32).images).size == 24
 
 
 def test_a_killed_worker_is_a_user_error() -> None:
@@ -250,10 +260,10 @@ def test_a_broken_file_is_replaced_by_the_next_of_its_class(tmp_path: Path, caps
     assert said.count("china/4.jpg") == said.count("china/5.jpg") == 1
     last = data[torch.tensor([0, 12, 4])].images  # round to the first of its class that is left
     assert torch.equal(last.read(torch.tensor([2])).images[0], whole[0])  # type: ignore[union-attr]
-    for (views, labels), (other, others) in zip(
+    for (seen, labels), (other, others) in zip(
         gathered(data, range(4)), gathered(everything(root, on_corrupt="skip"), range(4), size=2), strict=True
     ):
-        assert torch.equal(views, other)
+        assert torch.equal(seen, other)
         assert torch.equal(labels, others)
 
 

@@ -32,7 +32,7 @@ def write_tree(root: Path, names: Sequence[str] = NAMES, train: int = 8, val: in
         for i in range(train):
             write(root / "train" / name / f"{name}_{i}.JPEG", level=10 * c % 250)
         for i in range(val):
-            write(root / "val" / name / f"ILSVRC2012_val_{c * val + i:08d}.JPEG", level=10 * c)
+            write(root / "val" / name / f"ILSVRC2012_val_{c * val + i:08d}.JPEG", level=10 * c % 250)
 
 
 @pytest.fixture
