@@ -338,7 +338,10 @@ def refuse_other(config: TrainConfig, saved: Mapping[str, Any]) -> None:
 
 def _identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in plain.items() if key not in VOLATILE}
-    return {**kept, "dataset": {key: value for key, value in kept["dataset"].items() if key != "root"}}
+    dataset = {key: value for key, value in kept["dataset"].items() if key not in ("root", "workers")}
+    if "cache" in dataset:  # crops come from what it holds, wherever it lies
+        dataset["cache"] = dataset["cache"] is not None
+    return {**kept, "dataset": dataset}
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

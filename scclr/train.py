@@ -36,11 +36,12 @@ from scclr.config import (
 from scclr.datasets import Splits
 from scclr.distributed import World, joined, launched
 from scclr.launch import repeatable, spread
+from scclr.loader import batch_indices, suited
 from scclr.losses import Loss
 from scclr.model import Model
 from scclr.optim import describe
 from scclr.preemption import Pace, Stop
-from scclr.pretrain import NotFiniteError, anneal, batch_indices, precision_of, pretrain
+from scclr.pretrain import NotFiniteError, anneal, precision_of, pretrain
 from scclr.probe import evaluated, features, knn_top1, probe_encoder, probe_pixels
 from scclr.result import hint, machine, summary, versions
 from scclr.show import sheet, write_sheet
@@ -240,7 +241,7 @@ def pretrain_stage(
 
     Only the leading process has a ``log``; it alone writes and evaluates.
     """
-    options, device = config.pretrain, splits.train.images.device
+    options, device = config.pretrain, splits.train.labels.device
     loss, augment = make_loss(config, len(splits.classes)).to(device), build("augment", config.augment)
     optimizer = build("optimizer", config.optimizer, model=model, batch_size=options.batch_size)
     scaler = torch.amp.GradScaler(device.type, enabled=precision_of(device, options.precision) == torch.float16)
@@ -367,7 +368,8 @@ def load_weights(model: Model, checkpoint: dict[str, Any], config: TrainConfig) 
 
 
 def check_fit(config: TrainConfig, splits: Splits) -> None:
-    """A step needs a whole batch, and a supervised loss labels."""
+    """A step needs a whole batch, a supervised loss labels, and a rotation whole images."""
+    suited(build("augment", config.augment), splits.pretrain.images)
     n, batch = len(splits.pretrain), config.pretrain.batch_size
     require(batch <= n, f"pretrain.batch_size={batch} is larger than the {n} images to pretrain on: type a smaller one")
     labelled = bool((splits.pretrain.labels >= 0).all())

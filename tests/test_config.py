@@ -10,7 +10,14 @@ from scclr.config import COMPONENTS, TrainConfig, UserError, build, conf_dir, re
 from scclr.train import check
 
 FILES = sorted(conf_dir().glob("*/*.yaml"))
-SHARED = {"__init__", "pairs", "anchors", "longtail"}  # what the components of a package have in common
+SHARED = {
+    "__init__",
+    "pairs",
+    "anchors",
+    "cache",
+    "files",
+    "longtail",
+}  # what the components of a package have in common
 
 
 def compose(*overrides: str) -> TrainConfig:
@@ -34,8 +41,7 @@ def test_every_component_file_is_named_by_a_yaml() -> None:
     package = Path(build.__code__.co_filename).parent
     for group, folder_name in {"dataset": "datasets", "encoder": "encoders", "loss": "losses"}.items():
         nodes = [OmegaConf.load(p) for p in (conf_dir() / group).glob("*.yaml")]
-        own = [node.get(group, node) for node in nodes if "defaults" not in node]  # the others vary one of these
-        named = {node["_target_"] for node in own}
+        named = {node.get(group, node).get("_target_") for node in nodes} - {None}  # which vary another
         stems = {target.split(".")[-2] for target in named}
         files = {p.stem for p in (package / folder_name).glob("*.py")} - SHARED
         assert stems == files
@@ -93,6 +99,11 @@ def test_identity_is_the_configuration() -> None:
 def test_data_root_is_not_part_of_the_identity() -> None:
     a, b = (compose("dataset=cifar10", f"dataset.root={root}") for root in ("x", "y"))
     assert a.directory == b.directory
+    a, b, c = (
+        compose("dataset=imagenet", *words)
+        for words in (["dataset.cache=x"], ["dataset.cache=y", "dataset.workers=3"], [])
+    )
+    assert a.directory == b.directory != c.directory
 
 
 def test_build_runs_nothing_from_outside() -> None:

@@ -19,9 +19,9 @@ from scclr import theory
 from scclr.augment import Augment
 from scclr.checkpoint import GENERATIONS, load
 from scclr.config import build
-from scclr.datasets import ImageSet
 from scclr.distributed import World
 from scclr.encoders.convnet import ConvNet
+from scclr.loader import Batch
 from scclr.losses import Loss
 from scclr.pretrain import train_step
 
@@ -67,10 +67,10 @@ def make(name: str, alpha: float) -> Loss:
     return loss
 
 
-def batch(times: int = 1) -> ImageSet:
+def batch(world: World, times: int = 1) -> Batch:
     draw = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (times * IMAGES, 1, 6, 6), dtype=torch.uint8, generator=draw)
-    return ImageSet(images, torch.tensor([0, 1, 2, 0, 1, 1, 2, 0]).repeat(times))
+    return Batch(world.share(images), torch.tensor([0, 1, 2, 0, 1, 1, 2, 0]).repeat(times))
 
 
 def step(name: str, alpha: float, world: World, micro_batch: int | None = None) -> dict[str, torch.Tensor]:
@@ -81,7 +81,7 @@ def step(name: str, alpha: float, world: World, micro_batch: int | None = None) 
     for number in range(2):
         augment = Augment(**VIEWS, **CROP, **dict.fromkeys(OFF, 0.0))  # type: ignore[arg-type]
         terms, z = train_step(
-            forward, loss, augment, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch(),
+            forward, loss, augment, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch(world),
             seed=0, step=number, dtype=torch.float32, layout=torch.contiguous_format, world=world,
             micro_batch=micro_batch,
         )  # fmt: skip
@@ -194,7 +194,7 @@ def thirty_steps(dtype: torch.dtype, world: World) -> dict[str, torch.Tensor]:
     for number in range(30):
         augment = Augment(**VIEWS, **CROP, **dict.fromkeys(OFF, 0.0))  # type: ignore[arg-type]
         terms, _ = train_step(
-            forward, loss, augment, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch(8),
+            forward, loss, augment, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch(world, 8),
             seed=0, step=number, dtype=torch.float32, layout=torch.contiguous_format, world=world,
         )  # fmt: skip
         losses.append(world.sum(torch.stack(terms)) / world.size)

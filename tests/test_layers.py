@@ -12,7 +12,7 @@ LAYERS = [
     {"config"},
     {"datasets"},
     {"augment"},
-    {"encoders", "model", "metrics", "checkpoint", "preemption"},
+    {"encoders", "model", "metrics", "checkpoint", "preemption", "loader"},
     {"losses"},
     {"optim", "distributed"},
     {"theory"},
