@@ -4,8 +4,11 @@ import json
 import secrets
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +18,7 @@ from tqdm import tqdm
 from scclr.checkpoint import write_atomic
 from scclr.config import TrackingConfig, UserError, one_line
 
+FINISH_SECONDS = 60  # for W&B to upload the rest when a run is over
 PLAIN_SECONDS = 30  # between two lines of progress where there is no terminal for a bar
 SHOWN = {"loss": "loss", "attract": "A", "repel": "R", "knn": "kNN", "lr": "lr", "images_per_second": "img/s"}
 
@@ -41,8 +45,9 @@ class RunLog:
         write_atomic(self.path, lambda file: file.write(text.encode()))
         self.wandb = _start_wandb(directory, config, name, group, settings, resumed=start > 0)
         for row in rows:
-            self.wandb.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
-        self.latest: dict[str, float] = {key: value for row in rows for key, value in row.items()}
+            values = {key: value for key, value in row.items() if key != "step"}
+            self._send(partial(_log, values, row["step"]))
+        self.latest: dict[str, float] = {k: value for row in rows for k, value in row.items() if k != "step"}
         self.file: IO[str] = open(self.path, "a")  # noqa: SIM115
         self.bar: tqdm | None = None
         self.pictures: dict[str, Any] = {}
@@ -52,8 +57,28 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.end_progress()
-        self.file.close()
-        self.wandb.finish(exit_code=0 if kind is None else 1)
+        try:
+            self.file.close()  # on a full disk this fails
+        finally:
+            finish = threading.Thread(target=self._send, args=[partial(_finish, 0 if kind is None else 1)], daemon=True)
+            finish.start()
+            finish.join(FINISH_SECONDS)
+            if finish.is_alive():
+                self._give_up(f"it has not finished in {FINISH_SECONDS} s")
+
+    def _send(self, call: Callable[[Any], None]) -> None:
+        """``call`` with the W&B run. Its service or server may be gone, which does not stop ours."""
+        try:
+            if self.wandb is not None:
+                call(self.wandb)
+        except Exception as error:  # of any kind
+            self._give_up(f"{type(error).__name__}: {one_line(error)}")
+
+    def _give_up(self, reason: str) -> None:
+        advice = "metrics.jsonl goes on; `wandb sync` uploads what it had"
+        print(f"W&B stopped ({reason}): {advice}", file=sys.stderr)
+        self.wandb = None
+        threading.Thread(target=_teardown, daemon=True).start()  # so that another run starts it anew
 
     def progress(self, start: int, total: int, epochs: int) -> None:
         """Show a bar of steps on standard error; where that is no terminal, a line every half minute."""
@@ -72,7 +97,7 @@ class RunLog:
         row = {f"pretrain/{key}": value for key, value in values.items()}
         self.file.write(json.dumps({"step": step, **row}) + "\n")
         self.file.flush()
-        self.wandb.log(row | self.pictures, step=step)
+        self._send(partial(_log, row | self.pictures, step))
         self.pictures.clear()
         self.latest.update(row)
         if self.bar is not None:
@@ -97,7 +122,20 @@ class RunLog:
 
     def summary(self, metrics: Mapping[str, float]) -> None:
         """The final numbers, into W&B's summary."""
-        self.wandb.summary.update(dict(metrics))
+        self._send(lambda run: run.summary.update(dict(metrics)))
+
+
+def _log(values: Mapping[str, Any], step: int, run: Any) -> None:
+    run.log(dict(values), step=step)
+
+
+def _teardown() -> None:
+    with suppress(Exception):
+        wandb.teardown()
+
+
+def _finish(code: int, run: Any) -> None:
+    run.finish(exit_code=code)
 
 
 def _short(value: float) -> str:

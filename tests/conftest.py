@@ -67,3 +67,13 @@ def rows_of(run: Path) -> list[dict]:
     """The rows of a run's ``metrics.jsonl`` but for its timings."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "pretrain/images_per_second"} for row in rows]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="tests/faults in full: 20 kills, every signal")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether the faults are injected in full."""
+    return bool(request.config.getoption("--full"))

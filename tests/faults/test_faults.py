@@ -1,0 +1,253 @@
+"""Runs that are killed, stopped, starved of disk or robbed of a process, and then typed again.
+
+CI runs a short form; ``pytest tests/faults --full -n 0`` is the full one (20 kills, about ten minutes on two cores).
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, result_of, rows_of
+
+from scclr.checkpoint import GENERATIONS, load, resume, save
+from scclr.config import UserError
+from scclr.preemption import STOPPED
+
+pytestmark = pytest.mark.slow
+LINE = [*TINY, "pretrain.epochs=30", "pretrain.log_every=5", "pretrain.knn_every=10", "checkpoint.every=2", "runs=runs"]
+# Runs the command line after replacing a function of scclr by one that raises a signal or an error at its n-th call.
+HOOK = """
+import importlib, os, signal, sys
+module, name, count, action, rank = os.environ["FAULT"].split()
+module = importlib.import_module(module)
+plain, calls = getattr(module, name), []
+def hooked(*args, **named):
+    calls.append(0)
+    if len(calls) == int(count) and os.environ.get("RANK", "0") == rank:
+        if action == "raise":
+            raise ValueError("a fault of one process")
+        os.kill(os.getpid(), getattr(signal, action))
+    return plain(*args, **named)
+setattr(module, name, hooked)
+if __name__ == "__main__":
+    from scclr.cli import dispatch
+    sys.exit(dispatch(["train", *sys.argv[1:]]))
+"""
+
+
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    yield
+    for process in STARTED:
+        process.kill()
+        process.communicate()
+    STARTED.clear()
+
+
+def start(
+    folder: Path, *words: str, hook: tuple[str, str, int, str, int] | None = None, **env: str
+) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **env}
+    command = ["-m", "scclr", "train"]
+    if hook is not None:
+        (folder.parent / "hook.py").write_text(HOOK)  # a file: processes that are spawned run it again
+        command = [str(folder.parent / "hook.py")]
+        environment["FAULT"] = " ".join(map(str, hook))
+    out, line = subprocess.PIPE, [sys.executable, *command, *words]
+    STARTED.append(subprocess.Popen(line, cwd=folder, env=environment, stdout=out, stderr=out, text=True))
+    return STARTED[-1]
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """Standard error of a process that ends with ``code`` within a minute."""
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    return err
+
+
+def run_of(folder: Path) -> Path:
+    (run,) = (folder / "runs" / "default").glob("*/")
+    return run
+
+
+def last_line(err: str) -> str:
+    return err.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run that nothing disturbs, and its seconds."""
+    folder, clock = tmp_path_factory.mktemp("whole"), time.monotonic()
+    finish(start(folder, *LINE))
+    return run_of(folder), time.monotonic() - clock
+
+
+def same(run: Path, other: Path) -> None:
+    """Equal but for timings, and the weights bit by bit."""
+    assert rows_of(run) == rows_of(other)
+    a, b = result_of(run), result_of(other)
+    a["config"].pop("runs"), b["config"].pop("runs")
+    for result in (a, b):
+        result.pop("seconds")
+        result["last"].pop("pretrain/images_per_second")
+    assert a == b
+    ours, theirs = load(run), load(other)
+    for part in ("model", "optimizer"):
+        assert repr(ours[part].keys()) == repr(theirs[part].keys())
+    assert all(torch.equal(x, theirs["model"][name]) for name, x in ours["model"].items())
+
+
+KILLS = [
+    ("os", "fsync", 9),  # the next checkpoint is on the disk, under another name
+    ("os", "replace", 6),  # before one of the two renames
+    ("os", "replace", 7),
+    ("scclr.train", "probe_encoder", 2),
+    ("scclr.train", "probe_pixels", 1),
+    ("scclr.train", "knn_top1", 2),
+    ("scclr.train", "machine", 1),  # everything is done but result.json
+]
+
+
+def test_a_killed_run_is_finished_by_typing_it_again(whole: tuple[Path, float], tmp_path: Path, full: bool) -> None:
+    run, seconds = whole
+    draw, moments = random.Random(0), 13 if full else 1
+    for number, kill in enumerate([*(KILLS if full else [KILLS[2], KILLS[3]]), *[None] * moments]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if kill is not None:
+            finish(start(folder, *LINE, hook=(*kill, "SIGKILL", 0)), -signal.SIGKILL)
+        else:
+            process = start(folder, *LINE)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(draw.uniform(0.5, 0.95) * seconds)
+            process.kill()
+            finish(process, -signal.SIGKILL)
+        finish(start(folder, *LINE))
+        same(run_of(folder), run)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_ends_the_step_and_saves(name: str, whole: tuple[Path, float], tmp_path: Path, full: bool) -> None:
+    if not full and name != "SIGUSR1":
+        pytest.skip("in the full form")
+    hook = ("scclr.pretrain", "train_step", 38, name, 0)
+    err = finish(start(tmp_path, *LINE, hook=hook), 130 if name == "SIGINT" else STOPPED)
+    assert "type the same command to go on" in err
+    assert load(run_of(tmp_path))["step"] == 38, "the step was finished and saved"
+    finish(start(tmp_path, *LINE))
+    same(run_of(tmp_path), whole[0])
+
+
+@pytest.mark.parametrize("action", ["raise", "SIGKILL", "SIGTERM"])
+def test_a_rank_that_fails_ends_the_job_with_its_message(action: str, tmp_path: Path, full: bool) -> None:
+    if not full and action != "SIGKILL":
+        pytest.skip("in the full form")
+    line = [*LINE, "nproc=2", "pretrain.epochs=6"]
+    hook = ("scclr.pretrain", "train_step", 9, action, 1)
+    clock = time.monotonic()
+    process = start(tmp_path, *line, hook=hook)
+    err = finish(process, STOPPED if action == "SIGTERM" else 1)
+    assert time.monotonic() - clock < 60
+    if action != "SIGTERM":
+        what = "a fault of one process" if action == "raise" else "killed by SIGKILL"
+        assert "rank 1" in last_line(err)
+        assert what in last_line(err)
+    assert load(run_of(tmp_path))["step"] == (9 if action == "SIGTERM" else 8)
+    finish(start(tmp_path, *line))
+    assert result_of(run_of(tmp_path))["metrics"]["probe/logreg/top1"] > 0.3
+
+
+def test_damage_is_never_loaded(tmp_path: Path, full: bool) -> None:
+    draw = random.Random(0)
+    for step in (1, 2):
+        save(tmp_path, {"model": {"w": torch.arange(1000.0)}, "config": {}, "step": step})
+    path, times = tmp_path / GENERATIONS[0], 50
+    intact = path.read_bytes()
+    damaged = [intact[: draw.randrange(len(intact))] for _ in range(times)]
+    for _ in range(times):
+        where = draw.randrange(len(intact))
+        damaged.append(intact[:where] + bytes([intact[where] ^ 1 << draw.randrange(8)]) + intact[where + 1 :])
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"last\.pt"):
+            load(tmp_path)
+    state = resume(tmp_path)
+    assert state is not None
+    assert state["step"] == 1
+    assert (tmp_path / "damaged.pt").read_bytes() == damaged[-1]
+    (tmp_path / GENERATIONS[1]).write_bytes(b"")
+    with pytest.raises(UserError, match="type overwrite=true"):
+        resume(tmp_path)
+
+
+def test_a_damaged_checkpoint_costs_one_generation(whole: tuple[Path, float], tmp_path: Path) -> None:
+    hook = ("scclr.pretrain", "train_step", 38, "SIGKILL", 0)
+    finish(start(tmp_path, *LINE, hook=hook), -signal.SIGKILL)
+    path = run_of(tmp_path) / GENERATIONS[0]
+    path.write_bytes(path.read_bytes()[:-1000])
+    err = finish(start(tmp_path, *LINE))
+    assert f"{path.relative_to(tmp_path)}: not a checkpoint of scclr, or cut short" in err
+    assert "going on from previous.pt, at step 34" in err
+    same(run_of(tmp_path), whole[0])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True).returncode != 0:
+        pytest.skip("only root mounts a small disk")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_said_and_mended(whole: tuple[Path, float], small_disk: Path) -> None:
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(20 * 2**20))
+    assert "free space" in last_line(finish(start(small_disk, *LINE), 1)), "before the run"
+    assert sorted(path.name for path in small_disk.iterdir()) == ["filler"]
+    filler.unlink()
+    process = start(small_disk, *LINE)
+    while not list(small_disk.glob("runs/*/*/previous.pt")):
+        time.sleep(0.01)
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    assert "free space" in last_line(finish(process, 1))
+    assert load(run_of(small_disk))["step"] > 0, "an intact checkpoint is left"
+    filler.unlink()
+    finish(start(small_disk, *LINE))
+    same(run_of(small_disk), whole[0])
+
+
+def test_a_dead_wandb_service_does_not_stop_a_run(whole: tuple[Path, float], tmp_path: Path) -> None:
+    process = start(tmp_path, *LINE, WANDB_MODE="offline")
+    while not list(tmp_path.glob("runs/*/*/last.pt")):
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    service = [int(pid) for pid in children if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(service[0], signal.SIGKILL)
+    assert "W&B stopped" in finish(process)
+    ours, theirs = rows_of(run_of(tmp_path)), rows_of(whole[0])
+    assert ours == theirs
+
+
+def test_locale_clock_zone_and_home_have_no_effect(whole: tuple[Path, float], tmp_path: Path) -> None:
+    odd = {"LC_ALL": "C", "LANG": "tr_TR", "TZ": "Pacific/Kiritimati", "HOME": "/proc/1/nowhere"}
+    finish(start(tmp_path, *LINE, WANDB_MODE="offline", **odd))
+    run = run_of(tmp_path)
+    assert rows_of(run) == rows_of(whole[0])
+    assert json.loads((run / "result.json").read_text())["metrics"] == result_of(whole[0])["metrics"]
