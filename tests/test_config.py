@@ -10,14 +10,7 @@ from scclr.config import COMPONENTS, TrainConfig, UserError, build, conf_dir, re
 from scclr.train import check
 
 FILES = sorted(conf_dir().glob("*/*.yaml"))
-SHARED = {
-    "__init__",
-    "pairs",
-    "anchors",
-    "cache",
-    "files",
-    "longtail",
-}  # what the components of a package have in common
+SHARED = {"__init__", "anchors", "cache", "decode", "files", "longtail", "pairs", "reading"}  # not components
 
 
 def compose(*overrides: str) -> TrainConfig:
