@@ -427,8 +427,9 @@ def test_two_processes_stream_the_run_of_one(folder: Path) -> None:
         done = subprocess.run(words, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         (record,) = (folder / str(processes)).glob("*/*/metrics.jsonl")
-        rows[processes] = [json.loads(row) for row in record.read_text().splitlines()]
+        found = [json.loads(row) for row in record.read_text().splitlines()]
+        rows[processes] = [row for row in found if "pretrain/loss" in row]
     assert len(rows[1]) == len(rows[2]) > 3
-    for one, two in zip(rows[1], rows[2], strict=True):
-        for name in ("loss", "attract", "repel"):
-            assert one[name] == pytest.approx(two[name], rel=1e-4), one
+    for step, (one, two) in enumerate(zip(rows[1], rows[2], strict=True)):
+        for name in ("pretrain/loss", "pretrain/attract", "pretrain/repel"):
+            assert one[name] == pytest.approx(two[name], rel=1e-3 if step else 1e-6)  # rounding grows with the steps

@@ -202,9 +202,16 @@ def read_ahead(job: Callable[[int], T], keys: Sequence[int], workers: int, pin: 
         UserError: a worker was killed.
     """
     workers = min(workers, len(keys) - 1)  # one job gains nothing from a process of its own
-    random = torch.Generator()  # the default would draw from the global one
+    # Forked in a moment, also where the process itself was spawned; they never touch CUDA.
+    context = "fork" if workers > 0 and sys.platform == "linux" else None
     loader = DataLoader(
-        _Jobs(job), batch_size=None, sampler=keys, num_workers=max(0, workers), pin_memory=pin, generator=random
+        _Jobs(job),
+        batch_size=None,
+        sampler=keys,
+        num_workers=max(0, workers),
+        pin_memory=pin,
+        multiprocessing_context=context,
+        generator=torch.Generator(),  # the default draws from the global one
     )
     try:
         yield from loader
