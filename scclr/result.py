@@ -40,7 +40,9 @@ def versions() -> dict[str, str | None]:
 def summary(result: dict[str, Any], directory: Path, note: str) -> str:
     """The table at the end of a run."""
     metrics = result["metrics"]
-    columns = [name for name in metrics if not name.startswith("baseline/") and name.split("/")[-1] not in GROUPS]
+    columns = [
+        name for name in metrics if not name.startswith(("baseline/", "theory/")) and name.split("/")[-1] not in GROUPS
+    ]
     rows = {"pretrained": "", "untrained encoder": "baseline/untrained/", "raw pixels": "baseline/pixels/"}
     lines = [""]
     if columns:
