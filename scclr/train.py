@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from scclr.checkpoint import claimed, load, require_room, resume, save, write_atomic
+from scclr.checkpoint import HeldError, claimed, load, require_room, resume, save, write_atomic
 from scclr.config import (
     TrainConfig,
     UserError,
@@ -46,6 +46,7 @@ from scclr.pretrain import NotFiniteError, anneal, precision_of, pretrain
 from scclr.probe import evaluated, features, knn_top1, probe_encoder, probe_pixels
 from scclr.result import hint, machine, summary, versions
 from scclr.show import sheet, write_sheet
+from scclr.sweep import fail
 from scclr.theory.forecast import forecast
 from scclr.theory.stage import headline, measure, table
 from scclr.tracking import RunLog
@@ -60,18 +61,26 @@ SLACK = 2**24  # bytes for the small files of a run
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")
 def main(composed: DictConfig) -> None:
     """One run, or one point of a sweep."""
+    words, sweep = list(HydraConfig.get().overrides.task), HydraConfig.get().mode == RunMode.MULTIRUN
+    config = resolve(composed)
     try:
-        config = resolve(composed)
-        typed = HydraConfig.get().overrides.task
-        refuse_ignored(config, typed)
-        run(config, typed)
-    except UserError as error:
+        refuse_ignored(config, words)
+        config = adopted(config, words)
+        run(config)
+    except Exception as error:
+        known = isinstance(error, UserError)
+        what = f"{error}" if known else f"{type(error).__name__}: {one_line(error)}"
         rank = f"rank {os.environ['RANK']}: " if launched() > 1 else ""
-        print(f"scclr train: error: {rank}{error}", file=sys.stderr)
-        if HydraConfig.get().mode == RunMode.RUN:
+        if not isinstance(error, HeldError) and (sweep or config.directory.exists()):
+            fail(config.directory, f"{rank}{what}")
+        if not known:
+            traceback.print_exc()
+        if known or sweep:
+            point = f"{' '.join(words)}: " if sweep else ""
+            print(f"scclr train: error: {point}{rank}{what}", file=sys.stderr)
+        if not sweep:
             raise SystemExit(1) from error
-        traceback.clear_frames(error.__traceback__)  # a sweep keeps it to its end, and must not keep its tensors
-        raise
+        # the other points go on, and the report at the end finds the error in the folder
 
 
 def check(config: TrainConfig) -> None:
@@ -98,19 +107,25 @@ def check(config: TrainConfig) -> None:
     require_room(Path(config.runs), 9 * sum(p.numel() * p.element_size() for p in model.parameters()) + SLACK)
 
 
-def run(config: TrainConfig, typed: Sequence[str] = ()) -> dict[str, Any]:
+def adopted(config: TrainConfig, typed: Sequence[str] = ()) -> TrainConfig:
+    """``config`` with what defines the encoder taken from the checkpoint, where it is only evaluated.
+
+    Args:
+        typed: the overrides of the command line.
+    """
+    if config.init_from is not None and "pretrain" not in config.stages:
+        return adopt(config, load(config.init_from)["config"], typed)
+    return config
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
     """Carry out ``config.stages`` in the run's own folder and return what ``result.json`` holds.
 
     A finished run is only reported; an interrupted one goes on from its last checkpoint.
 
-    Args:
-        typed: the overrides of the command line, for ``adopt``.
-
     Raises:
         UserError: whatever the user can mend; nothing is left behind that was not there before or is not whole.
     """
-    if config.init_from is not None and "pretrain" not in config.stages:
-        config = adopt(config, load(config.init_from)["config"], typed)
     directory = config.directory
     finished = directory / "result.json"
     if not finished.exists() or config.overwrite:

@@ -18,7 +18,7 @@ LAYERS = [
     {"theory"},
     {"pretrain", "launch"},
     {"probe"},
-    {"tracking", "result", "show"},
+    {"tracking", "result", "sweep", "show"},
     {"train"},
     {"cli"},
     {"__main__"},
