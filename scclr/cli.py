@@ -64,7 +64,7 @@ def dispatch(argv: list[str]) -> int:
 
 def overview() -> str:
     """``scclr --help``."""
-    commands = "\n".join(f"  {name:<8} {help}" for name, (_, help) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<13} {help}" for name, (_, help) in COMMANDS.items())
     return (
         "scclr: self-supervised contrastive learning with a balance between attraction and repulsion\n\n"
         f"usage: scclr <command> ...\n\ncommands\n{commands}\n\n`scclr <command> --help` says more.\n\n{EXAMPLES}"
@@ -111,13 +111,72 @@ def train(argv: list[str]) -> None:
         raise UserError("a sweep cannot run inside torchrun: start torchrun once for each point")
     overrides = name_experiment(overrides)
     check_choices(overrides)
-    if not any(flag in SHOWS_ONLY for flag in flags):
-        check_points(overrides, sweep=sweep)
+    sys.argv = ["scclr train", *flags, *overrides]
+    if any(flag in SHOWS_ONLY for flag in flags):
+        from scclr.train import main as job
+
+        job()
+        return
+    points = check_points(overrides, sweep=sweep)
 
     from scclr.train import main as job
 
-    sys.argv = ["scclr train", *flags, *overrides]
-    job()
+    if sweep:
+        run_sweep(job, points, overrides)
+    else:
+        job()
+
+
+def run_sweep(job: Callable[[], None], points: "list[tuple[str, TrainConfig]]", overrides: list[str]) -> None:
+    """Run what is not done of the points, side by side if the launcher does so, and say what became of them.
+
+    Raises:
+        SystemExit: with code 1, if a point is not done.
+    """
+    from scclr.launch import environment
+    from scclr.sweep import Point, before, cores, count, listed, remember
+    from scclr.train import adopted
+
+    configs = [(words, adopted(config, words.split())) for words, config in points]
+    swept = [Point(config.directory, words) for words, config in configs]
+    rest = sum(point.state != "done" or config.overwrite for point, (_, config) in zip(swept, configs, strict=True))
+    at_once = beside(overrides, rest)
+    print(before(swept, at_once=at_once), file=sys.stderr)
+    if rest > 0:
+        remember(swept)
+        local = "hydra/launcher=submitit_slurm" not in overrides
+        threads = {"OMP_NUM_THREADS": str(max(1, cores() // at_once))} if local and at_once > 1 else {}
+        with environment(**({} if "OMP_NUM_THREADS" in os.environ else threads)):
+            job()
+    print("\n".join([count(swept), *listed(swept)]))
+    if any(point.state != "done" for point in swept):
+        raise SystemExit(1)
+
+
+def beside(overrides: list[str], points: int) -> int:
+    """How many of so many points Hydra's launcher runs at the same time."""
+    given = dict(override.split("=", 1) for override in overrides if "=" in override)
+    launcher = given.get("hydra/launcher", "basic")
+    if launcher.startswith("submitit"):
+        return max(1, points)
+    if launcher != "joblib":
+        return 1
+    from scclr.sweep import cores
+
+    jobs = int(given.get("hydra.launcher.n_jobs", "-1"))
+    return max(1, min(points, jobs if jobs > 0 else cores() + 1 + jobs))
+
+
+def sweep_status(argv: list[str]) -> None:
+    """``scclr sweep-status DIR``: what became of the points of a sweep, also while it runs."""
+    from pathlib import Path
+
+    from scclr.config import UserError
+    from scclr.sweep import status
+
+    if len(argv) != 1 or argv[0] in ("-h", "--help"):
+        raise UserError("type scclr sweep-status <folder of runs>, such as runs/default")
+    print("\n".join(status(Path(argv[0]))))
 
 
 def show(argv: list[str]) -> None:
@@ -132,7 +191,7 @@ def show(argv: list[str]) -> None:
         raise UserError(f"{flags[0]}: no such flag; `scclr show --help` says what it takes")
     overrides = name_experiment(overrides)
     check_choices(overrides)
-    (config,) = check_points(overrides, sweep=False)
+    ((_, config),) = check_points(overrides, sweep=False)
 
     from scclr.show import sheet, write_sheet
 
@@ -226,8 +285,8 @@ def check_choices(overrides: list[str]) -> None:
                 require(name in choices[key], f"{key}={name}: no such {key}{hint} (choices: {listed})")
 
 
-def check_points(overrides: list[str], *, sweep: bool) -> "list[TrainConfig]":
-    """Compose and check every point of the sweep before the first one runs."""
+def check_points(overrides: list[str], *, sweep: bool) -> "list[tuple[str, TrainConfig]]":
+    """Compose and check every point of the sweep before the first one runs: (words that only it has, configuration)."""
     import hydra
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -247,7 +306,8 @@ def check_points(overrides: list[str], *, sweep: bool) -> "list[TrainConfig]":
                 config = resolve(hydra.compose("train", overrides=point))
                 refuse_ignored(config, point)
                 check(config)
-                configs.append(config)
+                own = [word for word in point if not all(word in other for other in points)]
+                configs.append((" ".join(own), config))
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(error)) from error
     return configs
@@ -261,6 +321,8 @@ def explain(error: Exception) -> str:
     from scclr.config import unknown_key
 
     lines = [line.strip() for line in str(error).strip().splitlines()]
+    if "hydra/launcher" in lines[0]:
+        return f"{lines[0]}: pip install 'scclr[sweep]' brings joblib, submitit_local and submitit_slurm"
     if unknown := re.match(r"Could not override '([^']*)'", lines[0]):
         return unknown_key(unknown[1], list(keys(OmegaConf.to_container(hydra.compose("train")))))
     if lines[0].startswith("Error merging override") and (cause := error.__cause__) is not None:
@@ -280,5 +342,6 @@ def keys(node: object, prefix: str = "") -> Iterator[str]:
 
 COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (train, "pretrain an encoder and evaluate it frozen"),
+    "sweep-status": (sweep_status, "done, running, failed and missing points of a sweep"),
     "show": (show, "draw the views that pretraining will see"),
 }

@@ -82,26 +82,54 @@ class World:
 
 
 def _synchronised(norm: _BatchNorm, world: World, x: Tensor) -> Tensor:
-    """What ``norm`` makes of the batch [G, C, ...] of which ``x`` [B, C, ...] is a part; differentiable.
-
-    With mean m_r and variance v_r of each of W equal parts, the batch's are m = mean(m_r) and mean(v_r + (m_r - m)^2).
-    """
+    """What ``norm`` makes of the batch [G, C, ...] of which ``x`` [B, C, ...] is this process's part."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.momentum is not None
     if not norm.training:
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-    others = [dim for dim in range(x.ndim) if dim != 1]
-    own = torch.stack(torch.var_mean(x, others, correction=0))  # [2, C]
-    variances, means = world.gather(own.unsqueeze(0)).unbind(1)  # [W, C]
-    mean = means.mean(0)
-    variance = (variances + (means - mean).square()).mean(0)
-    if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        share = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
-        n = x.numel() // x.shape[1] * world.size
-        norm.running_mean.lerp_(mean.detach(), share)
-        norm.running_var.lerp_(variance.detach() * n / (n - 1), share)
-    scale = (variance + norm.eps).rsqrt() * norm.weight
-    shape = [-1 if dim == 1 else 1 for dim in range(x.ndim)]
-    return (x - mean.view(shape)) * scale.view(shape) + norm.bias.view(shape)
+    y, mean, variance = _BatchNormOfAll.apply(x, norm.weight, norm.bias, norm.eps, world)
+    norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+    n = x.numel() // x.shape[1] * world.size
+    norm.running_mean.lerp_(mean, norm.momentum)
+    norm.running_var.lerp_(variance * (n / (n - 1)), norm.momentum)
+    return y
+
+
+class _BatchNormOfAll(torch.autograd.Function):
+    """Batch normalisation by the statistics of all processes' equal parts, and these statistics.
+
+    With mean m_r and variance v_r of each part, the batch's are m = mean(m_r) and v = mean(v_r + (m_r - m)^2). With
+    x^ = (x - m) / s, s^2 = v + eps, dy the gradient and means over the batch,
+    dx = w / s (dy - mean(dy) - x^ mean(dy x^)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, world: World) -> Any:
+        own = torch.batch_norm_update_stats(x, None, None, 0.0)  # [C] twice; 30 times as fast as torch.var_mean
+        means, variances = world.gather(torch.stack(own).unsqueeze(0)).unbind(1)  # [W, C]
+        mean = means.mean(0)
+        variance = (variances + (means - mean).square()).mean(0)
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps, ctx.world = eps, world
+        ctx.mark_non_differentiable(mean, variance)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> Any:
+        x, weight, mean, variance = ctx.saved_tensors
+        # as if the statistics were constants: w / s dy, sum(dy x^), sum(dy), in one pass
+        dx, dw, db = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        n = x.numel() // x.shape[1] * ctx.world.size
+        all_dw, all_db = ctx.world.sum(torch.stack([dw, db])) / n  # means over the batch
+        inverse = (variance + ctx.eps).rsqrt()
+        slope = weight * inverse.square() * all_dw
+        shape = [-1 if dim == 1 else 1 for dim in range(x.ndim)]
+        dx.addcmul_(x, slope.view(shape), value=-1)
+        dx.sub_((weight * inverse * all_db - slope * mean).view(shape))
+        return dx, dw, db, None, None
 
 
 class _Gather(torch.autograd.Function):

@@ -40,7 +40,7 @@ def spread(work: Callable[[Any], None], argument: Any, processes: int) -> None:
     )
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it would print tables around our one line
     threads = max(1, torch.get_num_threads() // processes)
-    with _environment(OMP_NUM_THREADS=str(threads)), _relayed():
+    with environment(OMP_NUM_THREADS=str(threads)), _relayed():
         try:
             elastic_launch(config, _reported)(work, argument)
         except SignalException as stop:
@@ -86,7 +86,8 @@ def _relayed() -> Iterator[None]:
 
 
 @contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def environment(**values: str) -> Iterator[None]:
+    """Variables that the processes started meanwhile find in their environment."""
     older = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

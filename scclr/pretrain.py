@@ -16,25 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from scclr import metrics
-from scclr.augment import Augment, generator
+from scclr.augment import Augment
 from scclr.config import PretrainConfig, UserError, require
 from scclr.datasets import ImageSet
 from scclr.distributed import World
+from scclr.loader import Batch, batches, suited
 from scclr.losses import Keys, Loss, LossTerms
 from scclr.model import Model
 from scclr.optim import lr_factor, set_lr
 from scclr.preemption import Pace
-
-
-def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
-    """The order of ``n`` images in an epoch, int64 [n]: a pure function of its arguments."""
-    return torch.randperm(n, generator=generator(seed, epoch, stream=0))
-
-
-def batch_indices(seed: int, step: int, n: int, batch_size: int) -> Tensor:
-    """Which of ``n`` images ``step`` sees, int64 [G]."""
-    epoch, position = divmod(step, n // batch_size)
-    return epoch_order(seed, epoch, n)[position * batch_size : (position + 1) * batch_size]
+from scclr.theory import admission_threshold
 
 
 class NotFiniteError(UserError):
@@ -75,7 +66,7 @@ def train_step(
     augment: Augment,
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
-    batch: ImageSet,
+    batch: Batch,
     *,
     seed: int,
     step: int,
@@ -84,7 +75,7 @@ def train_step(
     world: World,
     micro_batch: int | None = None,
 ) -> tuple[LossTerms, Tensor]:
-    """One optimisation step on a global ``batch`` of G images; nothing in it waits for the device.
+    """One optimisation step on a ``batch`` of G images, B here; nothing in it waits for the device.
 
     With ``micro_batch`` below B, no more than that many images pass the encoder at once and the gradient is still the
     whole batch's (gradient caching, Gao et al. 2021): embeddings without a graph, the loss's gradient on them, and the
@@ -93,11 +84,11 @@ def train_step(
     Returns:
         The terms of this process's anchors and the embeddings of all [V, G, P], detached.
     """
-    images = world.share(batch.images)  # [B, C, H, W]
+    images = batch.images  # [B, C, H, W], or [B, V, C, S, S]
     first = world.rank * len(images)
 
     def embed(part: slice) -> Tensor:
-        views = augment(images[part], seed=seed, step=step, first=first + part.start, total=len(batch))
+        views = augment(images[part], seed=seed, step=step, first=first + part.start, total=len(batch.labels))
         mixed: AbstractContextManager[Any] = nullcontext()
         if dtype != torch.float32:
             mixed = torch.autocast(images.device.type, dtype)
@@ -170,23 +161,20 @@ def pretrain(
         NotFiniteError: the loss is not finite; names the step.
         SystemExit: a signal asked to stop; a checkpoint was written.
     """
-    device, batch_size = data.images.device, config.batch_size
+    device, batch_size = data.labels.device, config.batch_size
     steps_per_epoch = len(data) // batch_size
     total, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
     dtype = precision_of(device, config.precision)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     forward = world.replicate(model.train().to(memory_format=layout))
     forward = torch.compile(forward) if config.compile else forward  # type: ignore[assignment]
-    order = epoch_order(seed, start // steps_per_epoch, len(data)).to(device)
+    steps, augment = range(start, total), suited(augment, data.images)
+    feed = batches(data, augment, seed=seed, batch_size=batch_size, steps=steps, rank=world.rank, size=world.size)
     window = _Window(device, start, world, carried)
-    for step in range(start, total):
-        epoch, position = divmod(step, steps_per_epoch)
-        if position == 0:
-            order = epoch_order(seed, epoch, len(data)).to(device, non_blocking=True)
+    for step, batch in zip(steps, feed, strict=True):
         lr = set_lr(optimizer, lr_factor(step, total, warmup))
         if alpha is not None:
             loss.alpha = alpha(step / max(1, total - 1))
-        batch = data[order[position * batch_size : (position + 1) * batch_size]]  # G images
         terms, z = train_step(
             forward, loss, augment, optimizer, scaler, batch,
             seed=seed, step=step, dtype=dtype, layout=layout, world=world, micro_batch=config.micro_batch,
@@ -255,13 +243,24 @@ class _Window:
 
 
 def geometry(loss: Loss, z: Tensor, labels: Tensor) -> dict[str, float]:
-    """Metrics of the embeddings z [V, G, P] of a step, the pull of each loss term on them, and the current balance."""
+    """Metrics of the embeddings z [V, G, P] of a step, the pull of each loss term on them, and the current balance.
+
+    Of a loss with a softmax also what alpha lets in (``Admission``); labels are only measured.
+    """
     unit = F.normalize(z, dim=2)
+    attract = metrics.pull(lambda views: loss(*views, labels=labels).attract, z)
+    repel = metrics.pull(lambda views: loss(*views, labels=labels).repel, z)
     values = {
         "alignment": metrics.alignment(*unit),
         "uniformity": metrics.uniformity(unit.flatten(0, 1)),
         "effective_rank": metrics.effective_rank(unit.flatten(0, 1)),
-        "gradient/attract": metrics.pull(lambda views: loss(*views, labels=labels).attract, z),
-        "gradient/repel": metrics.pull(lambda views: loss(*views, labels=labels).repel, z),
+        "gradient/attract": attract.norm(),
+        "gradient/repel": repel.norm(),
+        "gradient/cosine": F.cosine_similarity(attract.flatten(), repel.flatten(), dim=0),
     }
-    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) | {"alpha": float(loss.alpha)}
+    if (softmax := loss.softmax()) is not None:
+        known = labels if bool((labels >= 0).all()) else None
+        admitted = admission_threshold(unit, softmax.temperature, loss.alpha, labels=known, decoupled=softmax.decoupled)
+        values |= {f"admission/{name}": value for name, value in admitted._asdict().items()}
+    found = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) | {"alpha": float(loss.alpha)}
+    return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scclr.config import ProbeConfig
-from scclr.datasets import ImageSet, Splits
+from scclr.datasets import ImageSet, Splits, with_channels
 from scclr.distributed import World
 from scclr.model import Model
 
@@ -45,11 +45,11 @@ def features(model: Model, data: ImageSet, batch_size: int, world: World = World
     """
     training = model.training
     model.eval()
-    images = data.with_channels(model.channels).images
-    rows = -(-len(images) // world.size)
-    own = images[world.rank * rows :][:rows]
-    h = torch.cat([model.represent(part.float() / 255).float() for part in own.split(batch_size)])
-    h = world.gather(F.pad(h, (0, 0, 0, rows - len(h))))[: len(images)]  # equal shares, the last one filled up
+    rows = -(-len(data) // world.size)
+    own = data[slice(world.rank * rows, (world.rank + 1) * rows)]
+    parts = (with_channels(part, model.channels).float() / 255 for part in own.blocks(batch_size))
+    h = torch.cat([model.represent(part).float() for part in parts])
+    h = world.gather(F.pad(h, (0, 0, 0, rows - len(h))))[: len(data)]  # equal shares, the last one filled up
     model.train(training)
     return h
 
@@ -64,9 +64,9 @@ def evaluated(model: Model, splits: Splits, config: ProbeConfig, world: World) -
 
 def pixels(data: ImageSet) -> Tensor:
     """The images themselves as features, in [0, 1], [N, C H W]; above 32 pixels a side averaged down to 32 x 32."""
-    if max(data.images.shape[-2:]) <= PIXELS:
-        return data.images.flatten(1).float() / 255
-    parts = (F.adaptive_avg_pool2d(part.float() / 255, PIXELS) for part in data.images.split(4096))
+    parts = (part.float() / 255 for part in data.blocks(512))
+    if max(data.images.shape[-2:]) > PIXELS:
+        parts = (F.adaptive_avg_pool2d(part, PIXELS) for part in parts)
     return torch.cat([part.flatten(1) for part in parts])
 
 

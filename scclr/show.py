@@ -11,6 +11,7 @@ from torchvision.transforms.functional import to_pil_image
 from scclr.augment import Augment
 from scclr.checkpoint import write_atomic
 from scclr.datasets import ImageSet, Splits
+from scclr.loader import views
 
 ROWS = 8  # images, of as many classes as there are
 STEPS = 3  # how often each gets its views
@@ -21,10 +22,10 @@ GAP, LINE = 4, 18
 def sheet(splits: Splits, augment: Augment, *, seed: int) -> Image.Image:
     """Training images of different classes, a row each: the image, then its views at the first steps of ``seed``."""
     chosen = examples(splits.train)
-    views = torch.stack([augment(chosen.images, seed=seed, step=step) for step in range(STEPS)])
-    views = views.unflatten(1, (-1, len(chosen))).flatten(0, 1).mul(255).round().byte()  # [STEPS V, ROWS, C, S, S]
-    columns = [("image", chosen.images)]
-    columns += [(f"view {i % len(augment.views) + 1}", pictures) for i, pictures in enumerate(views)]
+    seen = torch.stack([views(chosen, augment, seed=seed, step=step) for step in range(STEPS)])
+    seen = seen.unflatten(1, (-1, len(chosen))).flatten(0, 1).mul(255).round().byte()  # [STEPS V, ROWS, C, S, S]
+    columns = [("image", next(chosen.blocks(ROWS)))]
+    columns += [(f"view {i % len(augment.views) + 1}", pictures) for i, pictures in enumerate(seen)]
     names = [splits.classes[label] if label >= 0 else "" for label in chosen.labels.tolist()]
 
     font = ImageFont.load_default(size=13)

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from scclr.checkpoint import claimed, load, require_room, resume, save, write_atomic
+from scclr.checkpoint import HeldError, claimed, load, require_room, resume, save, write_atomic
 from scclr.config import (
     TrainConfig,
     UserError,
@@ -36,14 +37,18 @@ from scclr.config import (
 from scclr.datasets import Splits
 from scclr.distributed import World, joined, launched
 from scclr.launch import repeatable, spread
+from scclr.loader import batch_indices, suited
 from scclr.losses import Loss
 from scclr.model import Model
 from scclr.optim import describe
 from scclr.preemption import Pace, Stop
-from scclr.pretrain import NotFiniteError, anneal, batch_indices, precision_of, pretrain
+from scclr.pretrain import NotFiniteError, anneal, precision_of, pretrain
 from scclr.probe import evaluated, features, knn_top1, probe_encoder, probe_pixels
 from scclr.result import hint, machine, summary, versions
 from scclr.show import sheet, write_sheet
+from scclr.sweep import fail
+from scclr.theory.forecast import forecast
+from scclr.theory.stage import headline, measure, table
 from scclr.tracking import RunLog
 
 BATCH_NORM_CAVEAT = (
@@ -56,17 +61,26 @@ SLACK = 2**24  # bytes for the small files of a run
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")
 def main(composed: DictConfig) -> None:
     """One run, or one point of a sweep."""
+    words, sweep = list(HydraConfig.get().overrides.task), HydraConfig.get().mode == RunMode.MULTIRUN
+    config = resolve(composed)
     try:
-        config = resolve(composed)
-        refuse_ignored(config, HydraConfig.get().overrides.task)
+        refuse_ignored(config, words)
+        config = adopted(config, words)
         run(config)
-    except UserError as error:
+    except Exception as error:
+        known = isinstance(error, UserError)
+        what = f"{error}" if known else f"{type(error).__name__}: {one_line(error)}"
         rank = f"rank {os.environ['RANK']}: " if launched() > 1 else ""
-        print(f"scclr train: error: {rank}{error}", file=sys.stderr)
-        if HydraConfig.get().mode == RunMode.RUN:
+        if not isinstance(error, HeldError) and (sweep or config.directory.exists()):
+            fail(config.directory, f"{rank}{what}")
+        if not known:
+            traceback.print_exc()
+        if known or sweep:
+            point = f"{' '.join(words)}: " if sweep else ""
+            print(f"scclr train: error: {point}{rank}{what}", file=sys.stderr)
+        if not sweep:
             raise SystemExit(1) from error
-        traceback.clear_frames(error.__traceback__)  # a sweep keeps it to its end, and must not keep its tensors
-        raise
+        # the other points go on, and the report at the end finds the error in the folder
 
 
 def check(config: TrainConfig) -> None:
@@ -93,6 +107,17 @@ def check(config: TrainConfig) -> None:
     require_room(Path(config.runs), 9 * sum(p.numel() * p.element_size() for p in model.parameters()) + SLACK)
 
 
+def adopted(config: TrainConfig, typed: Sequence[str] = ()) -> TrainConfig:
+    """``config`` with what defines the encoder taken from the checkpoint, where it is only evaluated.
+
+    Args:
+        typed: the overrides of the command line.
+    """
+    if config.init_from is not None and "pretrain" not in config.stages:
+        return adopt(config, load(config.init_from)["config"], typed)
+    return config
+
+
 def run(config: TrainConfig) -> dict[str, Any]:
     """Carry out ``config.stages`` in the run's own folder and return what ``result.json`` holds.
 
@@ -101,8 +126,6 @@ def run(config: TrainConfig) -> dict[str, Any]:
     Raises:
         UserError: whatever the user can mend; nothing is left behind that was not there before or is not whole.
     """
-    if config.init_from is not None and "pretrain" not in config.stages:
-        config = adopt(config, load(config.init_from)["config"])
     directory = config.directory
     finished = directory / "result.json"
     if not finished.exists() or config.overwrite:
@@ -170,6 +193,8 @@ def run_stages(
             if "probe" in config.stages:
                 for encoder in (model, untrained):
                     evaluated(encoder, splits, config.probe, world)
+            if "theory" in config.stages:
+                theory_stage(config, model, splits, world)
             return
         write_atomic(directory / "config.yaml", lambda f: f.write(OmegaConf.to_yaml(asdict(config)).encode()))
         print(f"{directory}", file=sys.stderr)
@@ -181,18 +206,29 @@ def run_stages(
             settings=asdict(config),
             start=resumed["step"] if resumed else 0,
         ) as log:
-            seconds = {"pretrain": 0.0, "probe": 0.0}
+            seconds = {"pretrain": 0.0, "probe": 0.0, "theory": 0.0}
+            details: dict[str, Any] = {}
             if training:
                 log.picture(
                     "views", write_sheet(sheet(splits, build("augment", config.augment), seed=config.seed), directory)
                 )
+                start = untrained if origin is None else model
+                details["forecast"] = foresee(config, start, splits, quiet=resumed is not None)
                 seconds["pretrain"] = pretrain_stage(config, model, splits, resumed, directory, world, stop, log)
             metrics: dict[str, float] = {}
-            details: dict[str, Any] = {}
             if "probe" in config.stages:
                 clock = time.monotonic()
-                metrics, details = probe_stage(config, model, untrained, splits, world)
+                metrics, chosen = probe_stage(config, model, untrained, splits, world)
+                details |= chosen
                 seconds["probe"] = time.monotonic() - clock
+            if "theory" in config.stages:
+                clock = time.monotonic()
+                measured = theory_stage(config, model, splits, world)
+                text = json.dumps(measured, indent=2, allow_nan=False).encode()
+                write_atomic(directory / "theory.json", lambda file: file.write(text))
+                metrics |= headline(measured)
+                print(table(measured))
+                seconds["theory"] = time.monotonic() - clock
             log.summary(metrics)
             previous = resumed["seconds"] if resumed else 0.0
             seconds["total"] = time.monotonic() - started + previous
@@ -225,7 +261,7 @@ def pretrain_stage(
 
     Only the leading process has a ``log``; it alone writes and evaluates.
     """
-    options, device = config.pretrain, splits.train.images.device
+    options, device = config.pretrain, splits.train.labels.device
     loss, augment = make_loss(config, len(splits.classes)).to(device), build("augment", config.augment)
     optimizer = build("optimizer", config.optimizer, model=model, batch_size=options.batch_size)
     scaler = torch.amp.GradScaler(device.type, enabled=precision_of(device, options.precision) == torch.float16)
@@ -323,6 +359,36 @@ def probe_stage(
     return metrics, {"l2": chosen, "encoder_sha256": results[""].encoder_sha256}
 
 
+def theory_stage(config: TrainConfig, model: Model, splits: Splits, world: World) -> dict[str, Any]:
+    """What ``theory.json`` holds: of training images, under ``config.augment``."""
+    if world.leads:
+        print("theory: bias, bounds and thresholds", file=sys.stderr)
+    return measure(
+        model,
+        splits.train,
+        build("augment", config.augment),
+        config.theory,
+        alpha=config.alphas[-1],
+        temperature=config.loss.get("temperature"),
+        images=config.pretrain.batch_size,
+        batch=config.probe.batch_size,
+        seed=config.seed,
+        world=world,
+    )
+
+
+def foresee(config: TrainConfig, model: Model, splits: Splits, *, quiet: bool) -> dict[str, float] | None:
+    """The ``Forecast`` from ``model`` as training finds it, with a line for each edge that alpha is beyond."""
+    softmax = make_loss(config, len(splits.classes)).softmax()
+    if softmax is None:
+        return None
+    augment, batch = build("augment", config.augment), config.pretrain.batch_size
+    foreseen = forecast(model, splits.pretrain, augment, softmax, batch=batch, seed=config.seed)
+    for line in [] if quiet else foreseen.warnings(config.alphas):
+        print(line, file=sys.stderr)
+    return asdict(foreseen)
+
+
 def make_loss(config: TrainConfig, classes: int) -> Loss:
     """The loss; with an ``alpha_schedule``, one that may take both of its ends."""
     if config.alpha_end is not None:
@@ -352,7 +418,8 @@ def load_weights(model: Model, checkpoint: dict[str, Any], config: TrainConfig) 
 
 
 def check_fit(config: TrainConfig, splits: Splits) -> None:
-    """A step needs a whole batch, and a supervised loss labels."""
+    """A step needs a whole batch, a supervised loss labels, and a rotation whole images."""
+    suited(build("augment", config.augment), splits.pretrain.images)
     n, batch = len(splits.pretrain), config.pretrain.batch_size
     require(batch <= n, f"pretrain.batch_size={batch} is larger than the {n} images to pretrain on: type a smaller one")
     labelled = bool((splits.pretrain.labels >= 0).all())

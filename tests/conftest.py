@@ -1,5 +1,6 @@
 """Runs of the command line in this process, in a folder of their own."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -55,3 +56,14 @@ def scclr(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 def run_folders(folder: Path) -> list[Path]:
     """The run folders below ``folder``/runs."""
     return sorted(path.parent for path in (folder / "runs").glob("*/*/config.yaml"))
+
+
+def result_of(run: Path) -> dict:
+    """The ``result.json`` of a run folder."""
+    return json.loads((run / "result.json").read_text())
+
+
+def rows_of(run: Path) -> list[dict]:
+    """The rows of a run's ``metrics.jsonl`` but for its timings."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "pretrain/images_per_second"} for row in rows]

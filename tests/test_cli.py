@@ -41,7 +41,7 @@ def test_train_help(scclr: Run, capsys: pytest.CaptureFixture[str]) -> None:
     for word in (
         "alpha ",
         "overwrite",
-        "cifar10, cifar100, digits",
+        "digits, fashion_mnist",
         "balanced, ",
         "scclr train loss=balanced alpha=0.5",
     ):

@@ -1,16 +1,24 @@
 """Every file of conf/ composes, builds and is read to the last key; what nobody reads is refused."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from scclr.config import COMPONENTS, TrainConfig, UserError, build, conf_dir, resolve
+from scclr.config import COMPONENTS, TrainConfig, UserError, adopt, build, conf_dir, resolve
 from scclr.train import check
 
 FILES = sorted(conf_dir().glob("*/*.yaml"))
-SHARED = {"__init__", "pairs", "anchors", "longtail"}  # what the components of a package have in common
+SHARED = {
+    "__init__",
+    "pairs",
+    "anchors",
+    "cache",
+    "files",
+    "longtail",
+}  # what the components of a package have in common
 
 
 def compose(*overrides: str) -> TrainConfig:
@@ -34,8 +42,7 @@ def test_every_component_file_is_named_by_a_yaml() -> None:
     package = Path(build.__code__.co_filename).parent
     for group, folder_name in {"dataset": "datasets", "encoder": "encoders", "loss": "losses"}.items():
         nodes = [OmegaConf.load(p) for p in (conf_dir() / group).glob("*.yaml")]
-        own = [node.get(group, node) for node in nodes if "defaults" not in node]  # the others vary one of these
-        named = {node["_target_"] for node in own}
+        named = {node.get(group, node).get("_target_") for node in nodes} - {None}  # which vary another
         stems = {target.split(".")[-2] for target in named}
         files = {p.stem for p in (package / folder_name).glob("*.py")} - SHARED
         assert stems == files
@@ -90,9 +97,28 @@ def test_identity_is_the_configuration() -> None:
     assert compose("loss=ntxent").directory.name.startswith("ntxent-seed0-")
 
 
+def test_the_theory_may_look_through_another_augmentation() -> None:
+    run = asdict(compose("augment.rotation=20", "encoder.widths=[8]"))
+
+    def augment(*typed: str) -> dict:
+        config = adopt(compose("stages=[theory]", "init_from=x", *typed), run, typed)
+        assert config.encoder["widths"] == [8]
+        return config.augment
+
+    assert augment() == run["augment"]
+    assert augment("augment.flip=0.5") == {**run["augment"], "flip": 0.5}
+    assert augment("augment=none") == compose("augment=none").augment
+    assert augment("augment=none", "augment.flip=1") == compose("augment=none", "augment.flip=1").augment
+
+
 def test_data_root_is_not_part_of_the_identity() -> None:
     a, b = (compose("dataset=cifar10", f"dataset.root={root}") for root in ("x", "y"))
     assert a.directory == b.directory
+    a, b, c = (
+        compose("dataset=imagenet", *words)
+        for words in (["dataset.cache=x"], ["dataset.cache=y", "dataset.workers=3"], [])
+    )
+    assert a.directory == b.directory != c.directory
 
 
 def test_build_runs_nothing_from_outside() -> None:

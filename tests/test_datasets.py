@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from scclr.config import UserError
-from scclr.datasets import ImageSet, Source
+from scclr.datasets import Source, with_channels
 from scclr.datasets.cifar10 import CIFAR10
 from scclr.datasets.cifar100 import CIFAR100
 from scclr.datasets.digits import Digits
@@ -118,10 +118,10 @@ def test_impossible_subsets(changes: dict, message: str) -> None:
 
 
 def test_channels_follow_the_encoder() -> None:
-    grey = ImageSet(torch.arange(4, dtype=torch.uint8).view(1, 1, 2, 2), torch.zeros(1, dtype=torch.int64))
-    colour = grey.with_channels(3)
-    assert colour.images.shape == (1, 3, 2, 2)
-    assert torch.equal(colour.with_channels(1).images, grey.images)
+    grey = torch.arange(4, dtype=torch.uint8).view(1, 1, 2, 2)
+    colour = with_channels(grey, 3)
+    assert colour.shape == (1, 3, 2, 2)
+    assert torch.equal(with_channels(colour, 1), grey)
 
 
 # ---------------------------------------------------------------- MNIST, Fashion-MNIST: idx files

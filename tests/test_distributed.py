@@ -12,14 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import TINY, run_folders
+from conftest import TINY, result_of, rows_of, run_folders
 from torch import nn
 
 from scclr import theory
 from scclr.augment import Augment
+from scclr.checkpoint import GENERATIONS, load
 from scclr.config import build
-from scclr.datasets import ImageSet
 from scclr.distributed import World
+from scclr.encoders.convnet import ConvNet
+from scclr.loader import Batch
 from scclr.losses import Loss
 from scclr.pretrain import train_step
 
@@ -65,10 +67,10 @@ def make(name: str, alpha: float) -> Loss:
     return loss
 
 
-def batch() -> ImageSet:
+def batch(world: World, times: int = 1) -> Batch:
     draw = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (IMAGES, 1, 6, 6), dtype=torch.uint8, generator=draw)
-    return ImageSet(images, torch.tensor([0, 1, 2, 0, 1, 1, 2, 0]))
+    images = torch.randint(0, 256, (times * IMAGES, 1, 6, 6), dtype=torch.uint8, generator=draw)
+    return Batch(world.share(images), torch.tensor([0, 1, 2, 0, 1, 1, 2, 0]).repeat(times))
 
 
 def step(name: str, alpha: float, world: World, micro_batch: int | None = None) -> dict[str, torch.Tensor]:
@@ -79,7 +81,7 @@ def step(name: str, alpha: float, world: World, micro_batch: int | None = None) 
     for number in range(2):
         augment = Augment(**VIEWS, **CROP, **dict.fromkeys(OFF, 0.0))  # type: ignore[arg-type]
         terms, z = train_step(
-            forward, loss, augment, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch(),
+            forward, loss, augment, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch(world),
             seed=0, step=number, dtype=torch.float32, layout=torch.contiguous_format, world=world,
             micro_batch=micro_batch,
         )  # fmt: skip
@@ -168,28 +170,86 @@ def test_the_theory_of_parts_is_that_of_the_whole(two: dict[Any, Any]) -> None:
         torch.testing.assert_close(two["theory"][name], whole[name], rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
+class Convolutional(nn.Module):
+    """An encoder and a projector with batch norm in a chosen precision."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        encoder = ConvNet(in_channels=1, widths=[8, 16], stem_stride=1)
+        projector = [nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8)]
+        self.layers = nn.Sequential(encoder, *projector).to(dtype)
+        self.dtype = dtype
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = self.layers(images.to(self.dtype))
+        return z, nn.functional.normalize(z, dim=1)
+
+
+def thirty_steps(dtype: torch.dtype, world: World) -> dict[str, torch.Tensor]:
+    """The loss of every step, and weights and buffers after the last."""
+    model, loss, losses = Convolutional(dtype), make("balanced", 0.5), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)  # above 0.05 rounding grows step by step
+    forward = world.replicate(model)
+    for number in range(30):
+        augment = Augment(**VIEWS, **CROP, **dict.fromkeys(OFF, 0.0))  # type: ignore[arg-type]
+        terms, _ = train_step(
+            forward, loss, augment, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch(world, 8),
+            seed=0, step=number, dtype=torch.float32, layout=torch.contiguous_format, world=world,
+        )  # fmt: skip
+        losses.append(world.sum(torch.stack(terms)) / world.size)
+    return {"losses": torch.stack(losses)} | {name: x.detach() for name, x in model.state_dict().items()}
+
+
+def thirty_steps_of(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    found = {dtype: thirty_steps(dtype, World(rank, size)) for dtype in (torch.float32, torch.float64)}
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+    dist.destroy_process_group()
+
+
 @pytest.mark.slow
-def test_torchrun_trains_one_model(folder: Path) -> None:
+@pytest.mark.parametrize("size", [2, 4])
+def test_batch_norm_of_several_processes_is_that_of_one(size: int, folder: Path) -> None:
+    mp.spawn(thirty_steps_of, (size, str(folder)), size)  # type: ignore[no-untyped-call]
+    found = torch.load(folder / "found.pt")
+    for dtype, of_losses, of_weights in ((torch.float32, 1e-4, 1e-3), (torch.float64, 1e-9, 1e-9)):
+        one = thirty_steps(dtype, World())
+        assert one["losses"][0, 0] > 1.2 * one["losses"][-1, 0], "it learns"
+        losses = found[dtype].pop("losses")
+        torch.testing.assert_close(losses, one["losses"], rtol=of_losses, atol=0)
+        for name, value in found[dtype].items():
+            error = (value - one[name]).double().norm() / one[name].double().norm()
+            assert error < of_weights, f"{dtype} {name}: {error:.1e}"
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(folder: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     plain = [sys.executable, "-m"]
-    # without batch norm, whose statistics two CPU processes do not share, and untrained: the encoder has it
-    line = [
-        "scclr",
-        "train",
-        "stages=[pretrain]",
-        *TINY,
-        "optimizer=sgd",
-        "optimizer.lr=1e-9",
-        "projector.batch_norm=false",
-    ]
-    for command, runs in ((torchrun, "two"), (plain, "one")):
-        done = subprocess.run([*command, *line, f"runs={runs}"], env=environment, capture_output=True, text=True)
+    line = ["scclr", "train", *TINY, "checkpoint.every=5"]
+    for command, runs in (
+        ([*torchrun, *line], "torchrun"),
+        ([*plain, *line, "nproc=2"], "nproc"),
+        (plain + line, "one"),
+    ):
+        done = subprocess.run([*command, f"runs={runs}"], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    (two,), (one,) = (list((folder / runs / "default").glob("*/")) for runs in ("two", "one"))
-    assert two.name == one.name
-    a, b = (torch.load(run / "last.pt", weights_only=True) for run in (two, one))
-    assert a["step"] == b["step"] == 6
+        assert "Warning" not in done.stderr
+    kinds = ("one", "torchrun", "nproc")
+    one, *others = (next((folder / runs / "default").glob("*/")) for runs in kinds)
+    expected, weights = rows_of(one), load(one)
+    for other in others:
+        assert other.name == one.name
+        for row, wanted in zip(rows_of(other), expected, strict=True):
+            assert row == pytest.approx(wanted, rel=1e-4)
+        assert [load(other / name)["step"] for name in GENERATIONS] == [6, 5]
+        for name, value in load(other)["model"].items():
+            torch.testing.assert_close(value, weights["model"][name], rtol=1e-3, atol=1e-4)
+        assert result_of(other)["metrics"] == pytest.approx(result_of(one)["metrics"], abs=0.01)
     refused = subprocess.run([*torchrun, *line, "-m", "seed=0,1"], env=environment, capture_output=True, text=True)
     assert "a sweep cannot run inside torchrun" in refused.stderr
     assert run_folders(folder) == []

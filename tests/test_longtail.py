@@ -1,5 +1,6 @@
 """Long tails: the published counts, what is thinned and what is not, and accuracy by the number of images."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from scclr.config import ProbeConfig
 from scclr.datasets import ImageSet, Splits
 from scclr.datasets.cifar10 import CIFAR10
 from scclr.datasets.longtail import class_counts, groups
-from scclr.probe import probe
+from scclr.probe import pixels, probe
 
 
 def test_published_counts() -> None:
@@ -72,6 +73,12 @@ def test_cifar_pretrains_on_the_tail(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert splits.groups == {"medium": [0, 1], "few": [2, 3, 4, 5, 6, 7, 8, 9]}
 
 
+def features(
+    splits: Splits, represent: Callable[[ImageSet], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return represent(splits.train), represent(splits.validation), represent(splits.test)
+
+
 def test_accuracy_by_the_number_of_images() -> None:
     """One feature a class: a class without training images is never predicted, so the groups' accuracies are known."""
     counts, eye = [150, 120, 50, 10], torch.eye(4)
@@ -85,7 +92,7 @@ def test_accuracy_by_the_number_of_images() -> None:
     test = part([0] * 4 + [1] * 2 + [2] * 2 + [3] * 2, wrong=2)
     splits = Splits(train, train, part([0, 1, 2, 3]), test, ("a", "b", "c", "d"), (0.5,), (0.5,), refit=False)
     config = ProbeConfig(l2=[1e-3], max_iter=50, knn_k=5, knn_temperature=0.1, batch_size=64)
-    metrics = probe(lambda data: data.images.flatten(1).float() / 255, splits, config).metrics
+    metrics = probe(features(splits, pixels), splits, config).metrics
     for name in ("probe/logreg/top1", "knn/k5/top1"):
         assert metrics[name] == pytest.approx(0.8)
         assert metrics[f"{name}/many"] == pytest.approx(
@@ -109,4 +116,4 @@ def test_a_balanced_validation_split_is_not_fitted() -> None:
     config = ProbeConfig(l2=[1e-3], max_iter=50, knn_k=1, knn_temperature=0.1, batch_size=64)
     for refit, expected in ((True, 0), (False, 1)):
         splits = Splits(train, train, validation, test, ("a", "b"), (0.5,), (0.5,), refit)
-        assert probe(represent, splits, config).metrics["knn/k1/top1"] == expected
+        assert probe(features(splits, represent), splits, config).metrics["knn/k1/top1"] == expected

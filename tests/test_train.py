@@ -1,13 +1,12 @@
 """Whole runs: what they write, that they resume, skip, sweep and can be evaluated again."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, run_folders
+from conftest import TINY, result_of, rows_of, run_folders
 
 from scclr.checkpoint import claimed
 from scclr.config import conf_dir
@@ -18,15 +17,6 @@ METRICS = {
     for prefix in ("", "baseline/untrained/", "baseline/pixels/")
     for name in ("probe/logreg/top1", "knn/k20/top1")
 }
-
-
-def result_of(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text())
-
-
-def rows_of(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "pretrain/images_per_second"} for row in rows]
 
 
 def test_a_run_leaves_its_record(scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,10 +146,13 @@ class Augment(Recipe):
         then second ones.
 
         ``images`` may be a part of the step's batch, from its image ``first`` on, of ``total`` images: the views are
-        those that the whole batch would have got.
+        those that the whole batch would have got. They may also be the crops of these views, [B, V, C, S, S]:
+        ``finish`` does the rest.
         """
         draws = self.draw(total or len(images), seed=seed, step=step)
         draws = draws.of(len(self.views), slice(first, first + len(images)))
+        if images.ndim == 5:
+            return self.finish(images.transpose(0, 1).flatten(0, 1), draws)
         return self._render(images, draws, draws.boxes(*images.shape[2:]))
 
     def finish(self, crops: Tensor, draws: Draws) -> Tensor:

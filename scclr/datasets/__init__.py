@@ -1,4 +1,4 @@
-"""Labelled image sets as uint8 tensors, and how they are split.
+"""Labelled image sets, as uint8 tensors or on disk, and how they are split.
 
 A dataset is one file here with a ``Source`` subclass whose ``read`` parses the files, and one YAML that names it.
 ``Source.load`` does the rest, the same for all: subset, carve the validation split, name what is wrong.
@@ -22,38 +22,45 @@ from torchvision.datasets.utils import check_integrity
 
 from scclr.config import UserError, one_line, require
 from scclr.datasets import longtail
+from scclr.datasets.files import OnDisk
 from scclr.datasets.longtail import class_counts
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """``images`` uint8 [N, C, H, W] and ``labels`` int64 [N], -1 where there is none."""
+    """``images`` uint8 [N, C, H, W], in memory or on disk, and ``labels`` int64 [N], -1 where there is none."""
 
-    images: Tensor
+    images: Tensor | OnDisk
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: Tensor) -> "ImageSet":
+    def __getitem__(self, index: Tensor | slice) -> "ImageSet":
         return ImageSet(self.images[index], self.labels[index])
 
-    def __add__(self, other: "ImageSet") -> "ImageSet":
-        return ImageSet(torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels]))
-
     def to(self, device: torch.device) -> "ImageSet":
-        return ImageSet(self.images.to(device), self.labels.to(device))
+        images = self.images if isinstance(self.images, OnDisk) else self.images.to(device)
+        return ImageSet(images, self.labels.to(device))
 
-    def with_channels(self, channels: int) -> "ImageSet":
-        """Grey images repeated over three channels, or colour images as luma (ITU-R 601), to suit an encoder."""
-        have = self.images.shape[1]
-        if have == channels:
-            return self
-        if channels == 1:
-            luma = torch.tensor([0.299, 0.587, 0.114], device=self.images.device).view(1, 3, 1, 1)
-            grey = [(part * luma).sum(1, keepdim=True).round().byte() for part in self.images.split(4096)]
-            return ImageSet(torch.cat(grey), self.labels)
-        return ImageSet(self.images.expand(-1, channels, -1, -1).contiguous(), self.labels)
+    def blocks(self, size: int) -> Iterator[Tensor]:
+        """The images in order, at most ``size`` at once, uint8 on the device of the labels."""
+        if not isinstance(self.images, OnDisk):
+            yield from self.images.split(size)
+            return
+        device = self.labels.device
+        for block in self.images.blocks(size, pin=device.type == "cuda"):
+            yield block.to(device, non_blocking=True)
+
+
+def with_channels(images: Tensor, channels: int) -> Tensor:
+    """Grey images [B, 1, H, W] repeated over three channels, or colour ones as luma (ITU-R 601), to suit an encoder."""
+    if images.shape[1] == channels:
+        return images
+    if channels == 1:
+        luma = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
+        return (images * luma).sum(1, keepdim=True).round().byte()
+    return images.expand(-1, channels, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,10 @@ class Source(ABC):
             UserError: a missing, truncated or corrupt file; the message names it and what to do.
         """
 
+    def settle(self, data: ImageSet) -> ImageSet:
+        """``data``, the part that is used, as it shall be held: in memory or on disk."""
+        return data
+
     def load(self) -> Splits:
         """Read, subset and split. Pure in (files, arguments).
 
@@ -176,6 +187,7 @@ class Source(ABC):
             require(self.validation is not None, advice)
             full, validation = self._carve(full, self.validation or 0, "validation")
         train = full if self.imbalance is None else self._thin(full, self.imbalance, names)
+        train, validation, held_out = (self.settle(part) for part in (train, validation, held_out))
         pretrain = train
         if unlabelled is not None:
             order = torch.from_numpy(np.random.default_rng(self.split_seed).permutation(len(unlabelled)))
@@ -214,7 +226,7 @@ def _keep(data: ImageSet, classes: Sequence[int]) -> ImageSet:
         if old < len(renumbered):
             renumbered[old] = new
     labels = renumbered[data.labels]
-    return ImageSet(data.images[labels >= 0], labels[labels >= 0])
+    return ImageSet(data.images, labels)[labels >= 0]
 
 
 def check_files(folder: Path, files: Sequence[tuple[str, str | None]], advice: str) -> None:

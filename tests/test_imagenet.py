@@ -1,0 +1,213 @@
+"""ImageNet and what is drawn from it: trees and lists in their published layout, small, and what is missing in them."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_datasets import COLOUR, COMMON
+
+from scclr.config import UserError
+from scclr.datasets import imagenet, imagenet_lt
+from scclr.datasets.files import Files
+from scclr.datasets.imagenet import ImageNet
+from scclr.datasets.imagenet100 import IDS, ImageNet100
+from scclr.datasets.imagenet_lt import ImageNetLT
+from scclr.datasets.tiny_imagenet import TinyImageNet
+
+NAMES = [f"n{i:08d}" for i in range(3)]
+OPEN = {**COMMON, **COLOUR, "image_size": 8, "workers": 0}
+
+
+def write(path: Path, level: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((12, 10, 3), level, np.uint8)).save(path)
+
+
+def write_tree(root: Path, names: Sequence[str] = NAMES, train: int = 8, val: int = 2) -> None:
+    for c, name in enumerate(names):
+        for i in range(train):
+            write(root / "train" / name / f"{name}_{i}.JPEG", level=10 * c % 250)
+        for i in range(val):
+            write(root / "val" / name / f"ILSVRC2012_val_{c * val + i:08d}.JPEG", level=10 * c % 250)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three classes stand for a thousand."""
+    for module in (imagenet, imagenet_lt):
+        monkeypatch.setattr(module, "CLASSES", 3)
+    monkeypatch.setattr(ImageNet, "counts", (24, 6))
+    monkeypatch.setattr(ImageNet100, "counts", (200, 100))
+    monkeypatch.setattr(ImageNetLT, "counts", {"train": 14, "val": 3, "test": 6})
+
+
+def full(root: Path, source: type[ImageNet] = ImageNet, **changes: object) -> ImageNet:
+    return source(**{**OPEN, "root": str(root), "in_memory": False, **changes})  # type: ignore[arg-type]
+
+
+def test_published_counts() -> None:
+    assert ImageNet.counts == (1_281_167, 50_000)
+    assert (len(IDS.split()), len(set(IDS.split()))) == (100, 100)
+    assert all(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in IDS.split())
+    assert (IDS.split()[0], IDS.split()[-1]) == ("n02869837", "n02090622")
+    assert ImageNetLT.counts == {"train": 115_846, "val": 20_000, "test": 50_000}
+
+
+@pytest.mark.usefixtures("small")
+def test_imagenet(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    splits = full(tmp_path).load()
+    assert splits.classes == tuple(NAMES)
+    assert isinstance(splits.train.images, Files)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (18, 6, 6)
+    for part in (splits.train, splits.validation, splits.test):
+        levels = torch.cat(list(part.blocks(64)))[:, 0, 4, 4]
+        assert torch.equal(levels.long(), 10 * part.labels)
+    some = full(tmp_path, classes=[2, 0], limit=12, imbalance=3, in_memory=True).load()
+    assert some.train.images.shape == (5, 3, 8, 8)
+    assert some.train.labels.bincount().tolist() == [4, 1]  # of 12 images 3 are set apart, of 4 and 5 a third is 1
+    assert some.classes == (NAMES[2], NAMES[0])
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: (root / "train" / NAMES[1] / f"{NAMES[1]}_3.JPEG").unlink(), "train: 23 images instead of 24"),
+        (lambda root: shutil.rmtree(root / "train" / NAMES[1]), "2 class folders instead of 3"),
+        (
+            lambda root: shutil.rmtree(root / "val" / NAMES[1]),
+            f"val: 1 class folders are missing, such as .*{NAMES[1]}",
+        ),
+        (lambda root: shutil.rmtree(root), r"give dataset\.root=<the folder of train/<WordNet id>"),
+    ],
+)
+def test_imagenet_says_what_is_missing(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    write_tree(tmp_path / "tree")
+    damage(tmp_path / "tree")
+    with pytest.raises(UserError, match=message):
+        full(tmp_path / "tree").load()
+
+
+@pytest.mark.usefixtures("small")
+def test_imagenet100_takes_its_classes_from_the_tree(tmp_path: Path) -> None:
+    write_tree(tmp_path, [*IDS.split(), "n00000001"], train=2, val=1)
+    train, test, names, *_ = full(tmp_path, ImageNet100).read()
+    assert names == sorted(IDS.split())
+    assert test is not None
+    assert (len(train), len(test)) == (200, 100)
+    shutil.rmtree(tmp_path / "train" / "n02869837")
+    with pytest.raises(UserError, match="n02869837"):
+        full(tmp_path, ImageNet100).load()
+
+
+def write_lists(root: Path) -> None:
+    write_tree(root, val=2)
+    counts = {"train": [8, 4, 2], "val": [1, 1, 1], "test": [2, 2, 2]}
+    for part, numbers in counts.items():
+        folder = "val" if part == "test" else "train"
+        files = [sorted((root / folder / name).iterdir())[-n:] for name, n in zip(NAMES, numbers, strict=True)]
+        lines = [f"{path.relative_to(root)} {label}" for label, paths in enumerate(files) for path in paths]
+        (root / f"ImageNet_LT_{part}.txt").write_text("\n".join(lines) + "\n")
+
+
+def long_tailed(root: Path, **changes: object) -> ImageNetLT:
+    return ImageNetLT(**{**OPEN, "root": str(root), "validation": None, "in_memory": False, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("small")
+def test_imagenet_lt_reads_the_published_lists(tmp_path: Path) -> None:
+    write_lists(tmp_path)
+    splits = long_tailed(tmp_path).load()
+    assert splits.train.labels.bincount().tolist() == [8, 4, 2]
+    assert splits.validation.labels.bincount().tolist() == [1, 1, 1]
+    assert splits.test.labels.bincount().tolist() == [2, 2, 2]
+    assert splits.classes == tuple(NAMES)
+    assert not splits.refit
+    for part in (splits.train, splits.validation, splits.test):
+        assert torch.equal(torch.cat(list(part.blocks(64)))[:, 0, 4, 4].long(), 10 * part.labels)
+    some = long_tailed(tmp_path, classes=[1, 0], limit=6).load()
+    assert some.train.labels.bincount().tolist() == [2, 4]
+    assert some.validation.labels.tolist() == [1, 0]
+
+
+@pytest.mark.usefixtures("small")
+def test_imagenet_lt_says_what_is_wrong(tmp_path: Path) -> None:
+    write_lists(tmp_path)
+    with pytest.raises(ValueError, match=r"validation=0\.1: the validation split is published"):
+        long_tailed(tmp_path, validation=0.1)
+    path = tmp_path / "ImageNet_LT_train.txt"
+    lines = path.read_text().splitlines()
+    put = r"put ImageNet_LT_\{train,val,test\}\.txt .* beside train/ and val/"
+    for content, message in (
+        (lines[:-1], rf"ImageNet_LT_train\.txt: 13 lines instead of 14; {put}"),
+        ([*lines[:-1], lines[-1].rsplit(" ", 1)[0]], rf"ImageNet_LT_train\.txt: .*{put}"),
+        ([*lines[:-2], *(line[:-1] + "1" for line in lines[-2:])], "2 labels instead of 0 to 2"),
+        ([*lines[:-1], lines[-1][:-1] + "0"], "has the label of another class"),
+    ):
+        path.write_text("\n".join(content))
+        with pytest.raises(UserError, match=message):
+            long_tailed(tmp_path).load()
+    path.unlink()
+    with pytest.raises(UserError, match=put):
+        long_tailed(tmp_path).load()
+    write_lists(tmp_path)
+    shutil.rmtree(tmp_path / "train" / NAMES[2])
+    with pytest.raises(UserError, match=f"no folder.*{NAMES[2]}"):
+        long_tailed(tmp_path).load()
+
+
+def write_tiny(root: Path) -> Path:
+    folder = root / "tiny-imagenet-200"
+    for c, name in enumerate(NAMES):
+        for i in range(8):
+            write(folder / "train" / name / "images" / f"{name}_{i}.JPEG", level=10 * c)
+        (folder / "train" / name / f"{name}_boxes.txt").write_text("n_0.JPEG\t0\t0\t9\t9\n")
+    rows = []
+    for i in range(6):
+        write(folder / "val" / "images" / f"val_{i}.JPEG", level=10 * (i % 3))
+        rows.append(f"val_{i}.JPEG\t{NAMES[i % 3]}\t0\t32\t44\t62")
+    (folder / "val" / "val_annotations.txt").write_text("\n".join(rows) + "\n")
+    (folder / "wnids.txt").write_text("\n".join(reversed(NAMES)) + "\n")
+    words = [f"{name}\tword {c}, synonym" for c, name in enumerate(NAMES)]
+    (folder / "words.txt").write_text("\n".join([*words, "n99999999\tother"]) + "\n")
+    return folder
+
+
+def tiny(root: Path) -> TinyImageNet:
+    return TinyImageNet(**OPEN, root=str(root))  # type: ignore[arg-type]
+
+
+def test_tiny_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TinyImageNet, "counts", (24, 6))
+    folder = write_tiny(tmp_path)
+    splits = tiny(tmp_path).load()
+    assert splits.classes == ("word 0", "word 1", "word 2")
+    assert splits.test.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    for part in (splits.train, splits.test):
+        assert isinstance(part.images, torch.Tensor)
+        assert torch.equal(part.images[:, 0, 4, 4].long(), 10 * part.labels)
+    notes = folder / "val" / "val_annotations.txt"
+    for text, message in (
+        ("\n".join(notes.read_text().splitlines()[1:]), r"val_annotations\.txt: 5 lines instead of 6; delete"),
+        (notes.read_text().replace(NAMES[0], "n12345678"), "tiny-imagenet-200: .*delete .* to download it again"),
+    ):
+        kept = notes.read_text()
+        notes.write_text(text)
+        with pytest.raises(UserError, match=message):
+            tiny(tmp_path).load()
+        notes.write_text(kept)
+    (folder / "train" / NAMES[0] / "images" / f"{NAMES[0]}_0.JPEG").unlink()
+    with pytest.raises(UserError, match="23 images instead of 24"):
+        tiny(tmp_path).load()
+
+
+def test_tiny_imagenet_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scclr.datasets.tiny_imagenet.URL", "http://127.0.0.1:9/tiny-imagenet-200.zip")
+    with pytest.raises(UserError, match="the folder that holds tiny-imagenet-200>, or a network"):
+        tiny(tmp_path / "new").load()
+    assert list(tmp_path.iterdir()) == []
