@@ -33,14 +33,9 @@ from scclr.train import make_loss, make_model, pick_device
 
 ROUNDS, SECONDS = 7, 3  # a round of the bare model takes about this long
 SIZES = {"digits": 8, "fashion_mnist": 28, "mnist": 28, "cifar10": 32, "cifar100": 32, "svhn": 32, "stl10": 96}
-SETTINGS = {
-    "convnet, 16 wide": [
-        "dataset=fashion_mnist",
-        "augment=simclr",
-        "encoder.widths=[16,32,64]",
-        "encoder.stem_stride=2",
-    ],
-    "ResNet-18": ["dataset=cifar10", "augment=simclr", "encoder=resnet18", "pretrain.batch_size=64"],
+SETTINGS = {  # colour images of a size
+    "convnet": (28, ["dataset=cifar10", "augment=simclr", "encoder.widths=[16,32,64]", "encoder.stem_stride=2"]),
+    "ResNet-18": (32, ["dataset=cifar10", "augment=simclr", "encoder=resnet18", "pretrain.batch_size=64"]),
 }
 
 
@@ -76,13 +71,13 @@ def forever(loader: DataLoader) -> Iterator[list[Tensor]]:
         yield from loader
 
 
-def compare(name: str, overrides: list[str]) -> list[dict[str, Any]]:
+def compare(name: str, size: int | None, overrides: list[str]) -> list[dict[str, Any]]:
     """A row for each contender: pairs per second, median and range over rounds."""
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config: TrainConfig = resolve(hydra.compose("train", overrides=overrides))
     device, options = pick_device(config.device), config.pretrain
     source, dataset = build("dataset", config.dataset), config.dataset["_target_"].split(".")[-2]
-    size = SIZES.get(dataset) or source.image_size
+    size = size or SIZES.get(dataset) or source.image_size
     model = make_model(config, source.mean, source.std, image_size=size).to(device)
     loss, augment = make_loss(config, classes=10), build("augment", config.augment)
     optimizer = build("optimizer", config.optimizer, model=model, batch_size=options.batch_size)
@@ -165,8 +160,8 @@ def compare(name: str, overrides: list[str]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    settings = {" ".join(sys.argv[1:]): sys.argv[1:]} if sys.argv[1:] else SETTINGS
-    rows = [row for name, overrides in settings.items() for row in compare(name, overrides)]
+    settings = {" ".join(sys.argv[1:]): (None, sys.argv[1:])} if sys.argv[1:] else SETTINGS
+    rows = [row for name, setting in settings.items() for row in compare(name, *setting)]
     if not sys.argv[1:]:
         with (Path(__file__).parent / "results" / "bench_train.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
