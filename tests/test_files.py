@@ -1,11 +1,14 @@
 """Images on disk: decoding, keyed views in any number of processes, broken files, and the cache."""
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +207,25 @@ def test_rotation_of_files_is_refused(photographs: Path, tmp_path: Path) -> None
 def test_a_killed_worker_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"DataLoader worker.*smaller dataset\.workers"):
         list(read_ahead(lambda key: os.kill(os.getpid(), signal.SIGKILL), range(2), workers=1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_a_worker_dies_with_its_process(tmp_path: Path) -> None:
+    """It would hold the locks of a killed run, which could not be resumed at once."""
+    with open(tmp_path / "lock", "w") as lock:
+        child = os.fork()
+        if child == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for _ in read_ahead(lambda key: key, range(1000), workers=1):
+                os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    with open(tmp_path / "lock", "w") as lock:
+        for _ in range(20):  # 2 seconds
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.1)
+    pytest.fail("the lock of a killed process is held")
 
 
 def test_the_order_of_workers_is_not_drawn_from_the_global_generator(photographs: Path) -> None:

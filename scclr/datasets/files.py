@@ -3,8 +3,10 @@
 Dimensions: N images, n of them in a block, V views, S pixels a side of what is returned.
 """
 
+import ctypes
 import errno
 import os
+import signal
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -211,6 +213,7 @@ def read_ahead(job: Callable[[int], T], keys: Sequence[int], workers: int, pin: 
         num_workers=max(0, workers),
         pin_memory=pin,
         multiprocessing_context=context,
+        worker_init_fn=_die_with_parent,
         generator=torch.Generator(),  # the default draws from the global one
     )
     try:
@@ -220,6 +223,12 @@ def read_ahead(job: Callable[[int], T], keys: Sequence[int], workers: int, pin: 
             raise
         advice = "type a smaller dataset.workers, or give more shared memory (docker run --shm-size=8g)"
         raise UserError(f"{one_line(error)}; {advice}") from error
+
+
+def _die_with_parent(worker: int) -> None:
+    """A worker left over by a killed process would hold that one's locks, until PyTorch notices after 5 seconds."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class _Jobs(Dataset[T]):
