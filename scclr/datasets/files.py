@@ -96,7 +96,8 @@ class OnDisk(ABC):
             yield self.accept(block), good
 
     def blocks(self, size: int, pin: bool = False) -> Iterator[Tensor]:
-        """All images in order, uint8 [``size``, 3, S, S] at once."""
+        """All images in order, uint8, at most ``size`` at once."""
+        size = min(size, 4 * BLOCK)  # every worker has two of them under way
         if len(self) == 0:
             yield torch.empty(self.shape, dtype=torch.uint8)
         for block in read_ahead(_Read(self.read, len(self), size), range(0, len(self), size), self.workers, pin):
