@@ -323,6 +323,9 @@ def test_broken_files_are_left_out_of_memory_and_cache(tmp_path: Path, held: str
     assert sum(map(len, parts)) == 18
     assert sum(part.labels.bincount(minlength=2) for part in parts).tolist() == [8, 10]  # type: ignore[union-attr]
     assert all(block.float().std() > 1 for part in parts for block in part.blocks(1)), "no blank is left"
+    if held == "cache":
+        with pytest.raises(UserError, match=r"2 of the files were corrupt.*china/4\.jpg.*on_corrupt=skip"):
+            tree(root, **how).load()
 
 
 # ---------------------------------------------------------------- the cache
