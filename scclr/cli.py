@@ -137,7 +137,7 @@ def run_sweep(job: Callable[[], None], points: "list[tuple[str, TrainConfig]]", 
     from scclr.sweep import Point, before, cores, count, listed, remember
     from scclr.train import adopted
 
-    configs = [(words, adopted(config)) for words, config in points]
+    configs = [(words, adopted(config, words.split())) for words, config in points]
     swept = [Point(config.directory, words) for words, config in configs]
     rest = sum(point.state != "done" or config.overwrite for point, (_, config) in zip(swept, configs, strict=True))
     at_once = beside(overrides, rest)

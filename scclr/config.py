@@ -22,9 +22,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-STAGES = ("pretrain", "probe")
+STAGES = ("pretrain", "probe", "theory")
 COMPONENTS = ("dataset", "augment", "encoder", "loss", "optimizer")
-# What a run with stages=[probe] takes from the checkpoint that it evaluates.
+# What a run without pretraining takes from the checkpoint that it evaluates; the theory's augmentation may be another.
 ADOPTED = (
     "alpha",
     "alpha_schedule",
@@ -133,6 +133,21 @@ class ProbeConfig:
 
 
 @dataclass
+class TheoryConfig:
+    """How much of the data the theory is measured on."""
+
+    images: int = MISSING  # at most this many training images
+    views: int = MISSING
+    temperatures: list[float] = MISSING  # at which the bound is evaluated, besides the training's
+
+    def __post_init__(self) -> None:
+        require_least("theory", self, images=4)
+        require(self.views >= 2, f"theory.views={self.views}: the mean over augmentations needs two views or more")
+        message = f"theory.temperatures={list(self.temperatures)}: give one or more positive numbers"
+        require(min(self.temperatures, default=0) > 0, message)
+
+
+@dataclass
 class CheckpointConfig:
     """When ``last.pt`` is written besides after the last step and on a signal."""
 
@@ -184,7 +199,7 @@ class TrainConfig:
     deterministic: bool | None = field(
         default=None, metadata={"help": "only kernels that repeat bit by bit; null: true on a CPU, false on CUDA"}
     )
-    stages: list[str] = field(default=MISSING, metadata={"help": "[pretrain,probe], or a part of it"})
+    stages: list[str] = field(default=MISSING, metadata={"help": "[pretrain,probe,theory], or a part of it"})
     runs: str = field(default=MISSING, metadata={"help": "folder of all run folders"})
     experiment: str = field(default=MISSING, metadata={"help": "sub-folder of runs; +experiment=NAME loads a preset"})
     init_from: str | None = field(default=None, metadata={"help": "run folder or checkpoint to start from"})
@@ -197,6 +212,7 @@ class TrainConfig:
     optimizer: dict[str, Any] = MISSING
     pretrain: PretrainConfig = MISSING
     probe: ProbeConfig = MISSING
+    theory: TheoryConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
     tracking: TrackingConfig = MISSING
 
@@ -210,7 +226,7 @@ class TrainConfig:
         )
         require(
             "pretrain" in self.stages or self.init_from is not None,
-            "stages=[probe] needs an encoder: add init_from=<run folder or checkpoint>",
+            f"stages=[{','.join(self.stages)}] needs an encoder: add init_from=<run folder or checkpoint>",
         )
         require(
             self.experiment not in ("", ".", "..") and "/" not in self.experiment,
@@ -246,6 +262,12 @@ class TrainConfig:
             require(
                 end is not None and 0 <= end <= 1, f"alpha_schedule={self.alpha_schedule}: add alpha_end=<in [0, 1]>"
             )
+
+    @property
+    def alphas(self) -> list[float]:
+        """The balance at the beginning and at the end; 0.5 of a loss without one."""
+        end = self.alpha if self.alpha_end is None else self.alpha_end
+        return [0.5 if alpha is None else alpha for alpha in (self.alpha, end)]
 
     @property
     def loss_name(self) -> str:
@@ -320,11 +342,21 @@ def resolve(config: DictConfig) -> TrainConfig:
     return typed
 
 
-def adopt(config: TrainConfig, saved: Mapping[str, Any]) -> TrainConfig:
-    """``config`` with what defines the encoder taken from ``saved``, the configuration inside a checkpoint."""
+def adopt(config: TrainConfig, saved: Mapping[str, Any], typed: Iterable[str] = ()) -> TrainConfig:
+    """``config`` with what defines the encoder taken from ``saved``, the configuration inside a checkpoint.
+
+    Args:
+        typed: overrides of the command line; where the theory reads them, those of ``augment`` stay.
+    """
     missing = [key for key in ADOPTED if key not in saved]
     require(not missing, f"init_from={config.init_from}: an older scclr wrote it, without {', '.join(missing)}")
-    return resolve(OmegaConf.create({**asdict(config), **{key: saved[key] for key in ADOPTED}}))
+    taken = {key: saved[key] for key in ADOPTED}
+    if "theory" in config.stages:
+        words = [dotted(override) for override in typed if root_key(override) == "augment"]
+        changed = [word.split(".")[1] for word in words if "." in word]
+        other = {key: value for key, value in config.augment.items() if key in changed}
+        taken["augment"] = config.augment if "augment" in words else {**saved["augment"], **other}
+    return resolve(OmegaConf.create({**asdict(config), **taken}))
 
 
 def refuse_other(config: TrainConfig, saved: Mapping[str, Any]) -> None:
@@ -351,12 +383,24 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def dotted(override: str) -> str:
+    """The key that an override of the command line sets."""
+    return override.lstrip("+~").split("=")[0]
+
+
+def root_key(override: str) -> str:
+    """The first part of that key."""
+    return dotted(override).split(".")[0]
+
+
 def refuse_ignored(config: TrainConfig, overrides: Iterable[str]) -> None:
-    """Raise ``UserError`` for an override that ``stages=[probe]`` would ignore, since the checkpoint decides it."""
+    """Raise ``UserError`` for an override that a run without pretraining would ignore: the checkpoint decides it."""
     if "pretrain" not in config.stages:
+        stages = f"stages=[{','.join(config.stages)}]"
         for override in overrides:
-            key = override.lstrip("+~").split("=")[0].split(".")[0]
-            require(key not in ADOPTED, f"{override}: stages=[probe] takes {key} from init_from; drop it")
+            key = root_key(override)
+            read = key not in ADOPTED or (key == "augment" and "theory" in config.stages)
+            require(read, f"{override}: {stages} takes {key} from init_from; drop it")
 
 
 def _refuse_unknown(config: DictConfig, schema: type, prefix: str) -> None:

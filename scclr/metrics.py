@@ -31,7 +31,7 @@ def effective_rank(z: Tensor) -> Tensor:
 
 
 def pull(term: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """Frobenius norm of the gradient of ``term(z)`` along the sphere: how hard it moves the embeddings z [..., P].
+    """The gradient of ``term(z)`` along the sphere, as z [..., P]; its norm says how hard it moves the embeddings.
 
     The radial part is left out, since the normalisation would remove it.
     """
@@ -39,4 +39,4 @@ def pull(term: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(term(z), z)
     unit = F.normalize(z, dim=-1)
-    return (gradient - (gradient * unit).sum(-1, keepdim=True) * unit).norm()
+    return gradient - (gradient * unit).sum(-1, keepdim=True) * unit

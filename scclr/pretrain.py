@@ -25,6 +25,7 @@ from scclr.losses import Keys, Loss, LossTerms
 from scclr.model import Model
 from scclr.optim import lr_factor, set_lr
 from scclr.preemption import Pace
+from scclr.theory import admission_threshold
 
 
 class NotFiniteError(UserError):
@@ -242,13 +243,24 @@ class _Window:
 
 
 def geometry(loss: Loss, z: Tensor, labels: Tensor) -> dict[str, float]:
-    """Metrics of the embeddings z [V, G, P] of a step, the pull of each loss term on them, and the current balance."""
+    """Metrics of the embeddings z [V, G, P] of a step, the pull of each loss term on them, and the current balance.
+
+    Of a loss with a softmax also what alpha lets in (``Admission``); labels are only measured.
+    """
     unit = F.normalize(z, dim=2)
+    attract = metrics.pull(lambda views: loss(*views, labels=labels).attract, z)
+    repel = metrics.pull(lambda views: loss(*views, labels=labels).repel, z)
     values = {
         "alignment": metrics.alignment(*unit),
         "uniformity": metrics.uniformity(unit.flatten(0, 1)),
         "effective_rank": metrics.effective_rank(unit.flatten(0, 1)),
-        "gradient/attract": metrics.pull(lambda views: loss(*views, labels=labels).attract, z),
-        "gradient/repel": metrics.pull(lambda views: loss(*views, labels=labels).repel, z),
+        "gradient/attract": attract.norm(),
+        "gradient/repel": repel.norm(),
+        "gradient/cosine": F.cosine_similarity(attract.flatten(), repel.flatten(), dim=0),
     }
-    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) | {"alpha": float(loss.alpha)}
+    if (softmax := loss.softmax()) is not None:
+        known = labels if bool((labels >= 0).all()) else None
+        admitted = admission_threshold(unit, softmax.temperature, loss.alpha, labels=known, decoupled=softmax.decoupled)
+        values |= {f"admission/{name}": value for name, value in admitted._asdict().items()}
+    found = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) | {"alpha": float(loss.alpha)}
+    return {name: value for name, value in found.items() if math.isfinite(value)}

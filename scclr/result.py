@@ -40,7 +40,9 @@ def versions() -> dict[str, str | None]:
 def summary(result: dict[str, Any], directory: Path, note: str) -> str:
     """The table at the end of a run."""
     metrics = result["metrics"]
-    columns = [name for name in metrics if not name.startswith("baseline/") and name.split("/")[-1] not in GROUPS]
+    columns = [
+        name for name in metrics if not name.startswith(("baseline/", "theory/")) and name.split("/")[-1] not in GROUPS
+    ]
     rows = {"pretrained": "", "untrained encoder": "baseline/untrained/", "raw pixels": "baseline/pixels/"}
     lines = [""]
     if columns:
@@ -51,16 +53,17 @@ def summary(result: dict[str, Any], directory: Path, note: str) -> str:
                 values = "".join(f"{100 * metrics[f'{prefix}{name}/{group}']:>20.2f}" for name in columns)
                 lines.append(f"{f'  {group} images':<18}{values}")
         lines.append("")
-    seconds = result["seconds"]
-    spent = f"{seconds['total']:.0f} s: pretraining {seconds['pretrain']:.0f} s, probe {seconds['probe']:.0f} s"
-    lines += [f"run   {directory}", f"time  {spent}", f"next  {note}"]
+    seconds = {"pretraining" if name == "pretrain" else name: value for name, value in result["seconds"].items()}
+    spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name != "total")
+    lines += [f"run   {directory}", f"time  {seconds['total']:.0f} s: {spent}", f"next  {note}"]
     return "\n".join(lines)
 
 
 def hint(config: TrainConfig) -> str:
     """The command to type next."""
     if "probe" not in config.stages:
-        return f"scclr train stages=[probe] init_from={config.directory}"
+        encoder = config.directory if "pretrain" in config.stages else config.init_from
+        return f"scclr train stages=[probe] init_from={encoder}"
     if config.tracking.mode == "offline":
         return f"scclr train -m alpha=0.3,0.5,0.7 seed=0,1,2\n      wandb sync {config.directory}/wandb/offline-run-*"
     return "scclr train -m alpha=0.3,0.5,0.7 seed=0,1,2"

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -46,6 +47,8 @@ from scclr.probe import evaluated, features, knn_top1, probe_encoder, probe_pixe
 from scclr.result import hint, machine, summary, versions
 from scclr.show import sheet, write_sheet
 from scclr.sweep import fail
+from scclr.theory.forecast import forecast
+from scclr.theory.stage import headline, measure, table
 from scclr.tracking import RunLog
 
 BATCH_NORM_CAVEAT = (
@@ -62,7 +65,7 @@ def main(composed: DictConfig) -> None:
     config = resolve(composed)
     try:
         refuse_ignored(config, words)
-        config = adopted(config)
+        config = adopted(config, words)
         run(config)
     except Exception as error:
         known = isinstance(error, UserError)
@@ -104,10 +107,14 @@ def check(config: TrainConfig) -> None:
     require_room(Path(config.runs), 9 * sum(p.numel() * p.element_size() for p in model.parameters()) + SLACK)
 
 
-def adopted(config: TrainConfig) -> TrainConfig:
-    """``config`` with what defines the encoder taken from the checkpoint, where it is only evaluated."""
+def adopted(config: TrainConfig, typed: Sequence[str] = ()) -> TrainConfig:
+    """``config`` with what defines the encoder taken from the checkpoint, where it is only evaluated.
+
+    Args:
+        typed: the overrides of the command line.
+    """
     if config.init_from is not None and "pretrain" not in config.stages:
-        return adopt(config, load(config.init_from)["config"])
+        return adopt(config, load(config.init_from)["config"], typed)
     return config
 
 
@@ -186,6 +193,8 @@ def run_stages(
             if "probe" in config.stages:
                 for encoder in (model, untrained):
                     evaluated(encoder, splits, config.probe, world)
+            if "theory" in config.stages:
+                theory_stage(config, model, splits, world)
             return
         write_atomic(directory / "config.yaml", lambda f: f.write(OmegaConf.to_yaml(asdict(config)).encode()))
         print(f"{directory}", file=sys.stderr)
@@ -197,18 +206,29 @@ def run_stages(
             settings=asdict(config),
             start=resumed["step"] if resumed else 0,
         ) as log:
-            seconds = {"pretrain": 0.0, "probe": 0.0}
+            seconds = {"pretrain": 0.0, "probe": 0.0, "theory": 0.0}
+            details: dict[str, Any] = {}
             if training:
                 log.picture(
                     "views", write_sheet(sheet(splits, build("augment", config.augment), seed=config.seed), directory)
                 )
+                start = untrained if origin is None else model
+                details["forecast"] = foresee(config, start, splits, quiet=resumed is not None)
                 seconds["pretrain"] = pretrain_stage(config, model, splits, resumed, directory, world, stop, log)
             metrics: dict[str, float] = {}
-            details: dict[str, Any] = {}
             if "probe" in config.stages:
                 clock = time.monotonic()
-                metrics, details = probe_stage(config, model, untrained, splits, world)
+                metrics, chosen = probe_stage(config, model, untrained, splits, world)
+                details |= chosen
                 seconds["probe"] = time.monotonic() - clock
+            if "theory" in config.stages:
+                clock = time.monotonic()
+                measured = theory_stage(config, model, splits, world)
+                text = json.dumps(measured, indent=2, allow_nan=False).encode()
+                write_atomic(directory / "theory.json", lambda file: file.write(text))
+                metrics |= headline(measured)
+                print(table(measured))
+                seconds["theory"] = time.monotonic() - clock
             log.summary(metrics)
             previous = resumed["seconds"] if resumed else 0.0
             seconds["total"] = time.monotonic() - started + previous
@@ -337,6 +357,36 @@ def probe_stage(
     metrics = {prefix + name: value for prefix, r in results.items() for name, value in r.metrics.items()}
     chosen = {prefix + "probe/logreg": r.l2 for prefix, r in results.items()}
     return metrics, {"l2": chosen, "encoder_sha256": results[""].encoder_sha256}
+
+
+def theory_stage(config: TrainConfig, model: Model, splits: Splits, world: World) -> dict[str, Any]:
+    """What ``theory.json`` holds: of training images, under ``config.augment``."""
+    if world.leads:
+        print("theory: bias, bounds and thresholds", file=sys.stderr)
+    return measure(
+        model,
+        splits.train,
+        build("augment", config.augment),
+        config.theory,
+        alpha=config.alphas[-1],
+        temperature=config.loss.get("temperature"),
+        images=config.pretrain.batch_size,
+        batch=config.probe.batch_size,
+        seed=config.seed,
+        world=world,
+    )
+
+
+def foresee(config: TrainConfig, model: Model, splits: Splits, *, quiet: bool) -> dict[str, float] | None:
+    """The ``Forecast`` from ``model`` as training finds it, with a line for each edge that alpha is beyond."""
+    softmax = make_loss(config, len(splits.classes)).softmax()
+    if softmax is None:
+        return None
+    augment, batch = build("augment", config.augment), config.pretrain.batch_size
+    foreseen = forecast(model, splits.pretrain, augment, softmax, batch=batch, seed=config.seed)
+    for line in [] if quiet else foreseen.warnings(config.alphas):
+        print(line, file=sys.stderr)
+    return asdict(foreseen)
 
 
 def make_loss(config: TrainConfig, classes: int) -> Loss:

@@ -1,23 +1,17 @@
 """Every file of conf/ composes, builds and is read to the last key; what nobody reads is refused."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from scclr.config import COMPONENTS, TrainConfig, UserError, build, conf_dir, resolve
+from scclr.config import COMPONENTS, TrainConfig, UserError, adopt, build, conf_dir, resolve
 from scclr.train import check
 
 FILES = sorted(conf_dir().glob("*/*.yaml"))
-SHARED = {
-    "__init__",
-    "pairs",
-    "anchors",
-    "cache",
-    "files",
-    "longtail",
-}  # what the components of a package have in common
+SHARED = {"__init__", "anchors", "cache", "decode", "files", "longtail", "pairs", "reading"}  # not components
 
 
 def compose(*overrides: str) -> TrainConfig:
@@ -94,6 +88,20 @@ def test_identity_is_the_configuration() -> None:
     assert base.group == compose("seed=7").group != compose("alpha=0.4").group
     assert base.directory.name.startswith("balanced-alpha0.5-seed0-")
     assert compose("loss=ntxent").directory.name.startswith("ntxent-seed0-")
+
+
+def test_the_theory_may_look_through_another_augmentation() -> None:
+    run = asdict(compose("augment.rotation=20", "encoder.widths=[8]"))
+
+    def augment(*typed: str) -> dict:
+        config = adopt(compose("stages=[theory]", "init_from=x", *typed), run, typed)
+        assert config.encoder["widths"] == [8]
+        return config.augment
+
+    assert augment() == run["augment"]
+    assert augment("augment.flip=0.5") == {**run["augment"], "flip": 0.5}
+    assert augment("augment=none") == compose("augment=none").augment
+    assert augment("augment=none", "augment.flip=1") == compose("augment=none", "augment.flip=1").augment
 
 
 def test_data_root_is_not_part_of_the_identity() -> None:

@@ -1,8 +1,14 @@
 """Images on disk: decoding, keyed views in any number of processes, broken files, and the cache."""
 
+import contextlib
+import fcntl
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +29,8 @@ from torchvision.transforms.v2 import functional as F
 from scclr.augment import Augment
 from scclr.config import ProjectorConfig, UserError, build, conf_dir
 from scclr.datasets import ImageSet, cache
-from scclr.datasets.files import Files, centre, crops, decode, read_ahead
+from scclr.datasets.decode import centre, crops, decode
+from scclr.datasets.files import Files, read_ahead
 from scclr.datasets.imagefolder import ImageFolder
 from scclr.encoders.convnet import ConvNet
 from scclr.loader import batch_indices, batches, suited, views
@@ -42,7 +49,9 @@ def write_photographs(folder: Path, per_class: int = 10, size: tuple[int, int] |
         (folder / name).mkdir(parents=True)
         for i in range(per_class):
             left, top = draw.integers(0, 200, 2).tolist()
-            image = photograph.crop((left, top, left + 200, top + 200)).resize(size or (70 + 5 * i, 110 - 4 * i))
+            image = photograph.crop((left, top, left + 200, top + 200)).resize(
+                size or (70 + 5 * (i % 16), 110 - 4 * (i % 16))
+            )
             mode = {1: "L", 2: "CMYK"}.get(i, "RGB")
             image.convert(mode).save(folder / name / (f"{i}.png" if i == 3 else f"{i}.jpg"), quality=95)
 
@@ -200,6 +209,25 @@ def test_a_killed_worker_is_a_user_error() -> None:
         list(read_ahead(lambda key: os.kill(os.getpid(), signal.SIGKILL), range(2), workers=1))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_a_worker_dies_with_its_process(tmp_path: Path) -> None:
+    """It would hold the locks of a killed run, which could not be resumed at once."""
+    with open(tmp_path / "lock", "w") as lock:
+        child = os.fork()
+        if child == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for _ in read_ahead(lambda key: key, range(1000), workers=1):
+                os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    with open(tmp_path / "lock", "w") as lock:
+        for _ in range(20):  # 2 seconds
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.1)
+    pytest.fail("the lock of a killed process is held")
+
+
 def test_the_order_of_workers_is_not_drawn_from_the_global_generator(photographs: Path) -> None:
     torch.manual_seed(0)
     list(everything(photographs, workers=2).blocks(5))
@@ -295,6 +323,9 @@ def test_broken_files_are_left_out_of_memory_and_cache(tmp_path: Path, held: str
     assert sum(map(len, parts)) == 18
     assert sum(part.labels.bincount(minlength=2) for part in parts).tolist() == [8, 10]  # type: ignore[union-attr]
     assert all(block.float().std() > 1 for part in parts for block in part.blocks(1)), "no blank is left"
+    if held == "cache":
+        with pytest.raises(UserError, match=r"2 of the files were corrupt.*china/4\.jpg.*on_corrupt=skip"):
+            tree(root, **how).load()
 
 
 # ---------------------------------------------------------------- the cache
@@ -405,3 +436,25 @@ def test_a_run_from_files(scclr: Callable[..., int], folder: Path, capfd: Any) -
     assert "augment.rotation=15 needs whole images" in capfd.readouterr().err
     assert scclr(*line, "augment=simclr", "dataset.workers=2") == 0
     assert len(list((folder / "runs").glob("*/*/result.json"))) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_stream_the_run_of_one(folder: Path) -> None:
+    write_photographs(folder / "tree", per_class=40)
+    line = [sys.executable, "-m", "scclr", "train", "stages=[pretrain]", "dataset=imagefolder", "dataset.root=tree"]
+    line += ["dataset.in_memory=false", "dataset.image_size=16", "dataset.workers=2", "augment=simclr", "optimizer=sgd"]
+    line += [word for word in TINY if "limit" not in word and "batch_size" not in word]
+    line += ["pretrain.batch_size=16", "pretrain.log_every=1", "deterministic=true"]
+    rows = {}
+    for processes in (1, 2):
+        words = [*line, f"nproc={processes}", f"runs={processes}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (record,) = (folder / str(processes)).glob("*/*/metrics.jsonl")
+        found = [json.loads(row) for row in record.read_text().splitlines()]
+        rows[processes] = [row for row in found if "pretrain/loss" in row]
+    assert len(rows[1]) == len(rows[2]) > 3
+    for step, (one, two) in enumerate(zip(rows[1], rows[2], strict=True)):
+        for name in ("pretrain/loss", "pretrain/attract", "pretrain/repel"):
+            assert one[name] == pytest.approx(two[name], rel=1e-3 if step else 1e-6)  # rounding grows with the steps

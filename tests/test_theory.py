@@ -447,8 +447,9 @@ def test_correlations_are_those_of_the_augmentation() -> None:
     found = theory.augmentation_correlations(h1, h2, ridge=1e-8)
     torch.testing.assert_close(found[:3], r[:3], atol=0.02, rtol=0)
     assert found[3:].abs().max() < 0.03
-    assert theory.augmentation_correlations(h1, h2, labels)[0].item() == pytest.approx(0.6, abs=0.02)
+    assert theory.augmentation_correlations(h1, h2, labels=labels)[0].item() == pytest.approx(0.6, abs=0.02)
     assert theory.collapse_threshold(0.9) == pytest.approx(1 / 1.1)
+    assert theory.augmentation_correlations(h1, h2, components=2).shape == (2,)
     noise = [torch.randn(200, 60, generator=draw) for _ in range(2)]
     assert theory.augmentation_correlations(*noise)[0] < 0.35  # in the images of the fit it would be above 0.7
     constant = torch.ones(10, 3)
@@ -507,7 +508,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         theory.bound(z, 0 * labels, [0.5], 1.0)
     with pytest.raises(ValueError, match="one class only"):
         theory.supervised_objective(z, 0 * labels, 1.0)
-    with pytest.raises(ValueError, match="four images"):
+    with pytest.raises(ValueError, match="4 images"):
         theory.augmentation_correlations(z[:3, 0], z[:3, 1])
     with pytest.raises(ValueError, match="not finite"):
         theory.augmentation_correlations(spoiled[:, 0], spoiled[:, 1])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scclr.losses.anchors import Anchors, Keys
 from scclr.losses.pairs import full_precision
 
-__all__ = ["Anchors", "Keys", "Loss", "LossTerms", "balance", "check_alpha", "check_positive"]
+__all__ = ["Anchors", "Keys", "Loss", "LossTerms", "Softmax", "balance", "check_alpha", "check_positive"]
 
 
 class LossTerms(NamedTuple):
@@ -26,6 +26,13 @@ class LossTerms(NamedTuple):
     total: Tensor
     attract: Tensor
     repel: Tensor
+
+
+class Softmax(NamedTuple):
+    """A loss that repels by the log-sum-exp of cosine similarities: at which temperature, and over which views."""
+
+    temperature: float | Tensor
+    decoupled: bool  # over views of other images only, instead of all other views
 
 
 class Loss(nn.Module):
@@ -52,6 +59,10 @@ class Loss(nn.Module):
     def terms(self, anchors: Anchors) -> LossTerms:
         """Scalars in nats, from float32 or wider."""
         raise NotImplementedError
+
+    def softmax(self) -> Softmax | None:
+        """What the theory of thresholds needs to know; None for a loss of another form."""
+        return None
 
     def update(self, *views: Tensor, labels: Tensor) -> None:
         """What to remember after a step on the views and labels of all processes; most losses remember nothing."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from scclr.losses import Anchors, Loss, LossTerms, check_alpha, check_positive
+from scclr.losses import Anchors, Loss, LossTerms, Softmax, check_alpha, check_positive
 
 
 class BalancedLoss(Loss):
@@ -50,6 +50,9 @@ class BalancedLoss(Loss):
             raise ValueError("rescale=attract divides by alpha=0: type rescale=none, or alpha above 0")
         self.alpha, self.temperature = alpha, temperature
         self.similarity, self.rescale = similarity, rescale
+
+    def softmax(self) -> Softmax | None:
+        return Softmax(self.temperature, decoupled=False) if self.similarity == "cosine" else None
 
     def terms(self, anchors: Anchors) -> LossTerms:
         attract, both = anchors.ntxent(self.temperature, unit=self.similarity == "cosine")  # [VB]

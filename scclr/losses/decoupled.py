@@ -1,6 +1,6 @@
 """The decoupled contrastive loss: NT-Xent without the positive in the denominator."""
 
-from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive
+from scclr.losses import Anchors, Loss, LossTerms, Softmax, balance, check_alpha, check_positive
 
 
 class DecoupledLoss(Loss):
@@ -21,6 +21,9 @@ class DecoupledLoss(Loss):
         check_alpha(alpha)
         check_positive(temperature=temperature)
         self.alpha, self.temperature = alpha, temperature
+
+    def softmax(self) -> Softmax:
+        return Softmax(self.temperature, decoupled=True)
 
     def terms(self, anchors: Anchors) -> LossTerms:
         attract = -anchors.positives().mean() / self.temperature

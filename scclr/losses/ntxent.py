@@ -1,6 +1,6 @@
 """NT-Xent, the loss of SimCLR."""
 
-from scclr.losses import Anchors, Loss, LossTerms, check_positive
+from scclr.losses import Anchors, Loss, LossTerms, Softmax, check_positive
 
 
 class NTXentLoss(Loss):
@@ -16,6 +16,9 @@ class NTXentLoss(Loss):
         super().__init__()
         check_positive(temperature=temperature)
         self.temperature = temperature
+
+    def softmax(self) -> Softmax:
+        return Softmax(self.temperature, decoupled=False)
 
     def terms(self, anchors: Anchors) -> LossTerms:
         attract, both = anchors.ntxent(self.temperature)  # [VB]

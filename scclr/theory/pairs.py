@@ -33,11 +33,11 @@ class Tile(NamedTuple):
 def pair_sums(sample: Sample, temperatures: Sequence[float]) -> Iterator[Tile]:
     """This process's images as anchors against those of all, in float64; O(n M d) memory."""
     views, world = sample.views, sample.world
-    z, labels, group = (_everyone(x, world) for x in (sample.z, sample.labels, sample.group))
+    z, labels, group = (everyone(x, world) for x in (sample.z, sample.labels, sample.group))
     order = (group * sample.classes + labels).argsort(stable=True)
     keys, place = z[order].double(), order.argsort()  # by group, then by class
     sizes = sample.sums.n.long().tolist()  # [G][C]
-    start = int(_everyone(torch.tensor([len(sample.z)], device=z.device), world)[: world.rank].sum())
+    start = int(everyone(torch.tensor([len(sample.z)], device=z.device), world)[: world.rank].sum())
     shape = len(temperatures), sample.groups
     for index in sample.labels.argsort(stable=True).split(max(1, ROWS // views)):
         anchors, label, spot = sample.z[index].double(), sample.labels[index], place[start + index]
@@ -162,7 +162,7 @@ def _of_mass(
     return Estimate(values[0].item(), jackknife(values, population=population)[1].item())
 
 
-def _everyone(x: Tensor, world: World) -> Tensor:
+def everyone(x: Tensor, world: World) -> Tensor:
     """``x`` [n, ...] of all processes, in the order of ranks; n may differ."""
     if world.size == 1:
         return x
