@@ -60,11 +60,7 @@ class RunLog:
         try:
             self.file.close()  # on a full disk this fails
         finally:
-            finish = threading.Thread(target=self._send, args=[partial(_finish, 0 if kind is None else 1)], daemon=True)
-            finish.start()
-            finish.join(FINISH_SECONDS)
-            if finish.is_alive():
-                self._give_up(f"it has not finished in {FINISH_SECONDS} s")
+            self._send(partial(_finish, 0 if kind is None else 1))
 
     def _send(self, call: Callable[[Any], None]) -> None:
         """``call`` with the W&B run. Its service or server may be gone, which does not stop ours."""
@@ -163,6 +159,8 @@ def _start_wandb(
             identity.write_text(secrets.token_hex(4))
         for stale in identity.parent.glob("offline-run-*"):  # what it held is replayed, or was never checkpointed
             shutil.rmtree(stale)
+    known = "finish_timeout" in wandb.Settings.model_fields  # older ones wait for ever
+    patience: dict[str, Any] = {"finish_timeout": FINISH_SECONDS} if known else {}
     try:
         return wandb.init(
             mode=config.mode,  # type: ignore[arg-type]
@@ -174,7 +172,7 @@ def _start_wandb(
             name=name,
             group=group,
             config=dict(settings),
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(silent=True, console="off", **patience),
         )
     except wandb.errors.Error as error:
         raise UserError(f"W&B does not start ({one_line(error)}): log in, or type tracking.mode=offline") from error
