@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def wandb_records(path: Path) -> Iterator[Record]:
 
 def history(folder: Path) -> list[dict]:
     (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
-    rows = []
+    rows, patience = [], time.monotonic() + 10
+    while file.stat().st_size <= 7 and time.monotonic() < patience:  # W&B's service writes when it finds time
+        time.sleep(0.05)
     for record in wandb_records(file):
         if record.WhichOneof("record_type") == "history":
             rows.append(

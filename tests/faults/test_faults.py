@@ -113,9 +113,9 @@ KILLS = [
     ("os", "fsync", 9),  # the next checkpoint is on the disk, under another name
     ("os", "replace", 6),  # before one of the two renames
     ("os", "replace", 7),
-    ("scclr.train", "probe_encoder", 2),
-    ("scclr.train", "probe_pixels", 1),
-    ("scclr.train", "knn_top1", 2),
+    ("scclr.stages", "probe_encoder", 2),
+    ("scclr.stages", "probe_pixels", 1),
+    ("scclr.stages", "knn_top1", 2),
     ("scclr.train", "machine", 1),  # everything is done but result.json
 ]
 
