@@ -58,14 +58,14 @@ def embed(
     own = [data[slice(first, first + batch)] for first in starts[world.rank * share :][:share]]
     for number, part in enumerate(own, start=world.rank * share):
         steps = (AFTER + number * calls + call for call in range(calls))
-        found = [model(_suited(views(part, augment, seed=seed, step=step), model.channels)) for step in steps]
+        found = [model(suited(views(part, augment, seed=seed, step=step), model.channels)) for step in steps]
         for rows, both in zip((hs, zs), zip(*found, strict=True), strict=True):
             rows.append(torch.cat(both).float().unflatten(0, (-1, len(part)))[:count].transpose(0, 1))  # [b, M, D]
     labels = torch.cat([part.labels for part in own])
     return F.normalize(torch.cat(hs), dim=2), F.normalize(torch.cat(zs), dim=2), labels
 
 
-def _suited(x: Tensor, channels: int) -> Tensor:
+def suited(x: Tensor, channels: int) -> Tensor:
     """Grey views [R, 1, S, S] repeated, or colour ones as luma, to suit an encoder."""
     if x.shape[1] == channels:
         return x
