@@ -11,14 +11,7 @@ from scclr.config import COMPONENTS, TrainConfig, UserError, adopt, build, conf_
 from scclr.train import check
 
 FILES = sorted(conf_dir().glob("*/*.yaml"))
-SHARED = {
-    "__init__",
-    "pairs",
-    "anchors",
-    "cache",
-    "files",
-    "longtail",
-}  # what the components of a package have in common
+SHARED = {"__init__", "anchors", "cache", "decode", "files", "longtail", "pairs", "reading"}  # not components
 
 
 def compose(*overrides: str) -> TrainConfig:

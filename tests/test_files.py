@@ -1,8 +1,11 @@
 """Images on disk: decoding, keyed views in any number of processes, broken files, and the cache."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,8 @@ from torchvision.transforms.v2 import functional as F
 from scclr.augment import Augment
 from scclr.config import ProjectorConfig, UserError, build, conf_dir
 from scclr.datasets import ImageSet, cache
-from scclr.datasets.files import Files, centre, crops, decode, read_ahead
+from scclr.datasets.decode import centre, crops, decode
+from scclr.datasets.files import Files, read_ahead
 from scclr.datasets.imagefolder import ImageFolder
 from scclr.encoders.convnet import ConvNet
 from scclr.loader import batch_indices, batches, suited, views
@@ -42,7 +46,9 @@ def write_photographs(folder: Path, per_class: int = 10, size: tuple[int, int] |
         (folder / name).mkdir(parents=True)
         for i in range(per_class):
             left, top = draw.integers(0, 200, 2).tolist()
-            image = photograph.crop((left, top, left + 200, top + 200)).resize(size or (70 + 5 * i, 110 - 4 * i))
+            image = photograph.crop((left, top, left + 200, top + 200)).resize(
+                size or (70 + 5 * (i % 16), 110 - 4 * (i % 16))
+            )
             mode = {1: "L", 2: "CMYK"}.get(i, "RGB")
             image.convert(mode).save(folder / name / (f"{i}.png" if i == 3 else f"{i}.jpg"), quality=95)
 
@@ -405,3 +411,25 @@ def test_a_run_from_files(scclr: Callable[..., int], folder: Path, capfd: Any) -
     assert "augment.rotation=15 needs whole images" in capfd.readouterr().err
     assert scclr(*line, "augment=simclr", "dataset.workers=2") == 0
     assert len(list((folder / "runs").glob("*/*/result.json"))) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_stream_the_run_of_one(folder: Path) -> None:
+    write_photographs(folder / "tree", per_class=40)
+    line = [sys.executable, "-m", "scclr", "train", "stages=[pretrain]", "dataset=imagefolder", "dataset.root=tree"]
+    line += ["dataset.in_memory=false", "dataset.image_size=16", "dataset.workers=2", "augment=simclr", "optimizer=sgd"]
+    line += [word for word in TINY if "limit" not in word and "batch_size" not in word]
+    line += ["pretrain.batch_size=16", "pretrain.log_every=1", "deterministic=true"]
+    rows = {}
+    for processes in (1, 2):
+        words = [*line, f"nproc={processes}", f"runs={processes}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (record,) = (folder / str(processes)).glob("*/*/metrics.jsonl")
+        found = [json.loads(row) for row in record.read_text().splitlines()]
+        rows[processes] = [row for row in found if "pretrain/loss" in row]
+    assert len(rows[1]) == len(rows[2]) > 3
+    for step, (one, two) in enumerate(zip(rows[1], rows[2], strict=True)):
+        for name in ("pretrain/loss", "pretrain/attract", "pretrain/repel"):
+            assert one[name] == pytest.approx(two[name], rel=1e-3 if step else 1e-6)  # rounding grows with the steps

@@ -37,7 +37,7 @@ def colour_maps(draws: Draws, channels: int) -> tuple[Tensor, Tensor]:
     pixel, mean = other, torch.zeros_like(other)
     for turn in range(4):
         kind = draws.turn[:, turn]
-        step = by_kind[torch.arange(len(kind)), kind]
+        step = by_kind.take_along_dim(kind.view(-1, 1, 1, 1), 1).squeeze(1)
         blend = (1 - contrast) * (kind == 1).view(-1, 1, 1)
         pixel, mean = step @ pixel, step @ mean + blend * (to_luma @ (pixel + mean))
     grey = draws.grey.view(-1, 1, 1)

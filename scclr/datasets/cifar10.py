@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torchvision.datasets import CIFAR10 as Reader
 
-from scclr.datasets import ImageSet, Parts, Source, check_files, downloading, reading
+from scclr.datasets import ImageSet, Parts, Source
+from scclr.datasets.reading import check_files, downloading, reading
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,7 @@ Dimensions: N images, n of them in a block, V views, S pixels a side of what is 
 
 import errno
 import os
-import struct
 import sys
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,21 +14,15 @@ from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from scclr.config import UserError, one_line
+from scclr.datasets.decode import UNREADABLE, centre, crops
 
 BLOCK = 64  # images that a worker reads at once: 64 x 2 views of 224 x 224 are 19 MB
-GAP = 2  # a JPEG may be reduced while decoding to this many times what is needed: close to a fair resampling (Pillow)
-# Pillow's decoders raise all of these on damaged files.
-UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
 ADVICE = "replace or delete this file, or type dataset.on_corrupt=skip"
 
 T = TypeVar("T")
@@ -203,44 +195,6 @@ class Files(OnDisk):
         return str(self.root / os.fsdecode(bytes(self.names[self.index[row]])))
 
 
-def centre(image: Image.Image, resize: int, size: int) -> Tensor:
-    """Shorter side to ``resize``, then the centre, as torchvision's Resize and CenterCrop: uint8 [3, size, size]."""
-    short, long = sorted(image.size)
-    longer = int(resize * long / short)
-    height, width = (longer, resize) if image.height > image.width else (resize, longer)
-    pixels = resized(decode(image, short / resize), height, width)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return pixels[:, top : top + size, left : left + size]
-
-
-def crops(image: Image.Image, boxes: Tensor, side: int) -> Tensor:
-    """The ``boxes`` [V, 4] (top, left, height, width in pixels) of an image, decoded once: [V, 3, side, side]."""
-    height, width = image.height, image.width
-    pixels = decode(image, boxes[:, 2:].min().item() / side)
-    down, across = pixels.shape[1] / height, pixels.shape[2] / width  # 1, unless the decoder reduced it
-    views = torch.empty(len(boxes), 3, side, side, dtype=torch.uint8)
-    for view, (top, left, h, w) in zip(views, boxes.tolist(), strict=True):
-        part = pixels[:, round(top * down) : round((top + h) * down), round(left * across) : round((left + w) * across)]
-        view.copy_(resized(part, side, side))
-    return views
-
-
-def decode(image: Image.Image, room: float) -> Tensor:
-    """RGB, uint8 [3, h, w], stored pixel by pixel; smaller where a JPEG has ``room`` times the pixels needed a side.
-
-    torchvision's own decoder takes 0.85 ms where this takes 1.0 (500 x 334, one thread), gives it back in resizing, and
-    is deprecated from 0.29 on.
-    """
-    if room >= 2 * GAP:
-        image.draft("RGB", (int(image.width * GAP / room), int(image.height * GAP / room)))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def resized(pixels: Tensor, height: int, width: int) -> Tensor:
-    """``pixels`` uint8 [C, h, w] as [C, height, width], bilinear and antialiased."""
-    return F.interpolate(pixels.unsqueeze(0), (height, width), mode="bilinear", antialias=True).squeeze(0)
-
-
 def read_ahead(job: Callable[[int], T], keys: Sequence[int], workers: int, pin: bool = False) -> Iterator[T]:
     """``job(key)`` for all ``keys`` in order, made by as many worker processes ahead of their use (0: in this one).
 
@@ -248,9 +202,16 @@ def read_ahead(job: Callable[[int], T], keys: Sequence[int], workers: int, pin: 
         UserError: a worker was killed.
     """
     workers = min(workers, len(keys) - 1)  # one job gains nothing from a process of its own
-    random = torch.Generator()  # the default would draw from the global one
+    # Forked in a moment, also where the process itself was spawned; they never touch CUDA.
+    context = "fork" if workers > 0 and sys.platform == "linux" else None
     loader = DataLoader(
-        _Jobs(job), batch_size=None, sampler=keys, num_workers=max(0, workers), pin_memory=pin, generator=random
+        _Jobs(job),
+        batch_size=None,
+        sampler=keys,
+        num_workers=max(0, workers),
+        pin_memory=pin,
+        multiprocessing_context=context,
+        generator=torch.Generator(),  # the default draws from the global one
     )
     try:
         yield from loader

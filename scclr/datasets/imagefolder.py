@@ -11,9 +11,10 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from scclr.config import require
-from scclr.datasets import ImageSet, Parts, Source, reading
+from scclr.datasets import ImageSet, Parts, Source
 from scclr.datasets.cache import cached
 from scclr.datasets.files import Files, OnDisk
+from scclr.datasets.reading import reading
 
 ADVICE = "give dataset.root=<a folder with one folder of images per class>"
 MOST_WORKERS = 16  # of one process, where dataset.workers leaves their number open

@@ -7,8 +7,9 @@ from typing import ClassVar
 from torchvision.datasets.folder import find_classes
 
 from scclr.config import require
-from scclr.datasets import Parts, reading
+from scclr.datasets import Parts
 from scclr.datasets.imagefolder import ImageFolder
+from scclr.datasets.reading import reading
 
 CLASSES = 1000
 ADVICE = "give dataset.root=<the folder of train/<WordNet id>/*.JPEG and val/<WordNet id>/*.JPEG>"

@@ -10,9 +10,10 @@ from typing import ClassVar
 import torch
 
 from scclr.config import require
-from scclr.datasets import Parts, reading
+from scclr.datasets import Parts
 from scclr.datasets.imagefolder import ImageFolder
 from scclr.datasets.imagenet import CLASSES
+from scclr.datasets.reading import reading
 
 ADVICE = "put ImageNet_LT_{train,val,test}.txt (github.com/zhmiao/OpenLongTailRecognition-OLTR) beside train/ and val/"
 

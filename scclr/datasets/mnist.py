@@ -12,7 +12,8 @@ from torchvision.datasets import MNIST as Reader
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from scclr.config import require
-from scclr.datasets import ImageSet, Parts, Source, downloading, reading
+from scclr.datasets import ImageSet, Parts, Source
+from scclr.datasets.reading import downloading, reading
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torchvision.datasets import STL10 as Reader
 
-from scclr.datasets import ImageSet, Parts, Source, check_files, downloading, reading
+from scclr.datasets import ImageSet, Parts, Source
+from scclr.datasets.reading import check_files, downloading, reading
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ import torch
 from torchvision.datasets import SVHN as Reader
 
 from scclr.config import require
-from scclr.datasets import ImageSet, Parts, Source, check_files, downloading, reading
+from scclr.datasets import ImageSet, Parts, Source
+from scclr.datasets.reading import check_files, downloading, reading
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ import torch
 from torchvision.datasets.utils import download_and_extract_archive
 
 from scclr.config import require
-from scclr.datasets import Parts, downloading, reading
+from scclr.datasets import Parts
 from scclr.datasets.imagefolder import ImageFolder
+from scclr.datasets.reading import downloading, reading
 
 FOLDER = "tiny-imagenet-200"
 URL, MD5 = f"http://cs231n.stanford.edu/{FOLDER}.zip", "90528d7ca1a48142e341f4ef8d21d0de"
