@@ -1,11 +1,14 @@
 """Images on disk: decoding, keyed views in any number of processes, broken files, and the cache."""
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +209,25 @@ def test_a_killed_worker_is_a_user_error() -> None:
         list(read_ahead(lambda key: os.kill(os.getpid(), signal.SIGKILL), range(2), workers=1))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_a_worker_dies_with_its_process(tmp_path: Path) -> None:
+    """It would hold the locks of a killed run, which could not be resumed at once."""
+    with open(tmp_path / "lock", "w") as lock:
+        child = os.fork()
+        if child == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for _ in read_ahead(lambda key: key, range(1000), workers=1):
+                os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    with open(tmp_path / "lock", "w") as lock:
+        for _ in range(20):  # 2 seconds
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.1)
+    pytest.fail("the lock of a killed process is held")
+
+
 def test_the_order_of_workers_is_not_drawn_from_the_global_generator(photographs: Path) -> None:
     torch.manual_seed(0)
     list(everything(photographs, workers=2).blocks(5))
@@ -301,6 +323,9 @@ def test_broken_files_are_left_out_of_memory_and_cache(tmp_path: Path, held: str
     assert sum(map(len, parts)) == 18
     assert sum(part.labels.bincount(minlength=2) for part in parts).tolist() == [8, 10]  # type: ignore[union-attr]
     assert all(block.float().std() > 1 for part in parts for block in part.blocks(1)), "no blank is left"
+    if held == "cache":
+        with pytest.raises(UserError, match=r"2 of the files were corrupt.*china/4\.jpg.*on_corrupt=skip"):
+            tree(root, **how).load()
 
 
 # ---------------------------------------------------------------- the cache

@@ -107,7 +107,7 @@ class Source(ABC):
     Args:
         limit: at most this many labelled training images, stratified, validation included (and as many unlabelled).
         classes: keep these labels only, renumbered from 0 in this order.
-        validation: share of the training images that is held out to choose on.
+        validation: share of the training images that is held out to choose on; null where such a split is published.
         test: share of all images that is held out to report on, for a dataset without a test split of its own.
         split_seed: seed of the carving; runs with another ``seed`` keep the same splits.
         mean, std: per channel, of training pixels in [0, 1].

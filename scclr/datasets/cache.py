@@ -52,7 +52,7 @@ def cached(files: Files, folder: Path) -> tuple[Mapped, Tensor]:
         UserError: too little free disk, a folder that cannot be written, or a broken image.
     """
     side, names = files.resize, files.names[files.index.numpy()]
-    digest = hashlib.sha256(f"{files.root.resolve()} {side} {files.skip}\n".encode())
+    digest = hashlib.sha256(f"{files.root.resolve()} {side}\n".encode())
     digest.update(b"\n".join(names.tolist()))
     whole = folder / digest.hexdigest()[:16]
     try:
@@ -66,6 +66,10 @@ def cached(files: Files, folder: Path) -> tuple[Mapped, Tensor]:
         require(found == size, f"{whole}: {found:,} bytes instead of {size:,}; delete this folder")
     except OSError as error:
         raise UserError(f"dataset.cache={folder}: {one_line(error)}; give another folder") from error
+    bad = sorted(set(range(len(files))) - set(good.tolist()))
+    named = [os.fsdecode(bytes(names[i])) for i in bad[:1]]
+    corrupt = f"{whole}: {len(bad)} of the files were corrupt when this was made, such as {named}"
+    require(files.skip or not bad, f"{corrupt}; type dataset.on_corrupt=skip, or mend them and delete this folder")
     path = whole / "images.u8"
     mapped = Mapped(index=good, size=files.size, workers=files.workers, path=path, all=len(files), side=side)
     return mapped, good

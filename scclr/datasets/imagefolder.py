@@ -32,7 +32,8 @@ class ImageFolder(Source):
         resize: the shorter side before the centre crop; null is ``image_size``.
         in_memory: decode all once and hold them as uint8; random crops are then taken from the squares. If false, files
             are decoded whenever a batch needs them and random crops are taken from the whole image.
-        cache: folder in which to keep the squares, of ``resize`` pixels; random crops are taken from these.
+        cache: folder in which to keep the squares, of ``resize`` pixels and of all files, whatever part is used; random
+            crops are taken from these.
         on_corrupt: ``refuse`` a file that cannot be decoded, or ``skip`` it.
         workers: processes that read; null is one per core, shared among the processes of a node. Not in the run's name.
 
