@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from scclr.components import make_loss, make_model
 from scclr.config import TrainConfig, build, resolve
 from scclr.theory import augmentation_correlations, collapse_threshold
 from scclr.theory.forecast import IMAGES, VIEWS, forecast
 from scclr.theory.stage import embed
-from scclr.train import make_loss, make_model
 
 RESULTS = Path(__file__).parent / "results"
 COLLAPSED, TOLERANCE, SHIFT = 0.9, 0.05, 0.03
