@@ -293,8 +293,8 @@ def check_points(overrides: list[str], *, sweep: bool) -> "list[tuple[str, Train
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from scclr.components import check
     from scclr.config import UserError, conf_dir, refuse_ignored, resolve
-    from scclr.train import check
 
     points, configs = [overrides], []
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image
 
+from scclr.components import make_loss, make_model, pick_device
 from scclr.config import TrainConfig, build, conf_dir, resolve
 from scclr.datasets import ImageSet
 from scclr.distributed import World
 from scclr.preemption import Pace, Stop
 from scclr.pretrain import precision_of, pretrain
-from scclr.train import make_loss, make_model, pick_device
 
 ROUNDS, SECONDS = 7, 3  # a round of the bare model takes about this long
 SIZES = {"digits": 8, "fashion_mnist": 28, "mnist": 28, "cifar10": 32, "cifar100": 32, "svhn": 32, "stl10": 96}

@@ -155,6 +155,6 @@ def test_interrupt(scclr: Run, capsys: pytest.CaptureFixture[str], monkeypatch: 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scclr.train.pretrain", stop)
+    monkeypatch.setattr("scclr.stages.pretrain", stop)
     assert scclr("train", *TINY) == 130
     assert "type the same command to go on" in capsys.readouterr().err

@@ -7,8 +7,8 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
+from scclr.components import check
 from scclr.config import COMPONENTS, TrainConfig, UserError, adopt, build, conf_dir, resolve
-from scclr.train import check
 
 FILES = sorted(conf_dir().glob("*/*.yaml"))
 SHARED = {"__init__", "anchors", "cache", "decode", "files", "longtail", "pairs", "reading"}  # not components

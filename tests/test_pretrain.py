@@ -8,6 +8,7 @@ import torch
 from conftest import TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from scclr.components import make_loss, make_model
 from scclr.config import TrainConfig, UserError, build, conf_dir, resolve
 from scclr.datasets import ImageSet
 from scclr.distributed import World
@@ -15,7 +16,6 @@ from scclr.loader import Batch, epoch_order
 from scclr.losses import Loss, LossTerms
 from scclr.preemption import Pace, Stop
 from scclr.pretrain import precision_of, pretrain, train_step
-from scclr.train import make_loss, make_model
 
 LOSSES = sorted(path.stem for path in (conf_dir() / "loss").glob("*.yaml"))
 NEVER = Pace(steps=None, seconds=None, total=-1, stop=Stop())

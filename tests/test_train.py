@@ -80,12 +80,12 @@ def test_a_sweep_is_resumed_by_typing_it_again(scclr: Run, folder: Path, monkeyp
 
 
 def test_a_resumed_run_is_the_uninterrupted_run(scclr: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import scclr.train as train
+    import scclr.stages as stages
 
     line = ["train", "checkpoint.every=1", *TINY]
     assert scclr(*line, "runs=whole") == 0
     saves = []
-    save = train.save
+    save = stages.save
 
     def killed(directory: Path, state: dict, name: str) -> None:
         save(directory, state, name)
@@ -95,7 +95,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(scclr: Run, folder: Path, monkey
                 file.write('{"step": 6, "pretrain/loss": 1.0}\n{"step": 6, "pre')  # what a kill can leave
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save", killed)
+    monkeypatch.setattr(stages, "save", killed)
     assert scclr(*line, "runs=parts") == 130
     assert list((folder / "parts").glob("*/*/result.json")) == []
     assert scclr(*line, "runs=parts") == 0
@@ -200,17 +200,17 @@ def test_embeddings_without_normalisation(scclr: Run, folder: Path) -> None:
 def test_the_running_prototypes_are_resumed(scclr: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = ["loss=prototype", "loss.momentum=0.9", "stages=[pretrain]", "checkpoint.every=1", *TINY]
     assert scclr("train", "runs=whole", *line) == 0
-    import scclr.train as train
+    import scclr.stages as stages
 
-    save = train.save
+    save = stages.save
 
     def killed(directory: Path, state: dict, name: str) -> None:
         save(directory, state, name)
         if state["step"] == 4:
-            monkeypatch.setattr(train, "save", save)
+            monkeypatch.setattr(stages, "save", save)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save", killed)
+    monkeypatch.setattr(stages, "save", killed)
     assert scclr("train", "runs=parts", *line) == 130
     assert scclr("train", "runs=parts", *line) == 0
     (whole,), (parts,) = (list((folder / name / "default").glob("*/")) for name in ("whole", "parts"))
