@@ -79,8 +79,6 @@ class OnDisk(ABC):
         Raises:
             UserError: a file could not be read.
         """
-        for problem in block.problems:
-            raise UserError(f"{problem.path}: {problem.text}; {ADVICE}")
         return block.images
 
     def read_once(self, rows: Tensor) -> Block:

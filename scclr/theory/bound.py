@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scclr.distributed import World
@@ -130,7 +131,7 @@ def _steps(sample: Sample, tile: Tile, tau: Tensor, without: int | None) -> Tens
     """STEPS for every view of a tile, [Q, T, b, M]; of images that are not in the group ``without``."""
     count, total, *_ = sample.without(without)  # [C], [C, d]
     own, n, y = sample.own, count.sum(), tile.labels
-    zb, mine = tile.z.mean(1, keepdim=True), torch.nn.functional.one_hot(y, sample.classes).bool().unsqueeze(1)
+    zb, mine = tile.z.mean(1, keepdim=True), F.one_hot(y, sample.classes).bool().unsqueeze(1)
     to_class = tile.z @ (total / count.unsqueeze(1)).T  # [b, M, C]: <F, mu_y>
     to_own = (tile.z * (total[y].unsqueeze(1) - own * zb)).sum(2) / (count[y] - own).unsqueeze(1)  # [b, M]
     share = (count - own * mine) / (n - own)  # [b, 1, C]: among the other images

@@ -6,6 +6,7 @@ Dimensions: n images, M views of each, d embedding dimensions, C classes.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scclr.distributed import World
@@ -47,12 +48,12 @@ def collapse(z: Tensor, labels: Tensor, *, population: bool = False, world: Worl
     inverse = torch.linalg.pinv(between, hermitian=True, rtol=1e-10)
     b = sample.moments().b
     pair = torch.triu_indices(sample.classes, sample.classes, 1, device=z.device)
-    cosines = torch.nn.functional.normalize(centred, dim=1) @ torch.nn.functional.normalize(centred, dim=1).T
+    direction = F.normalize(centred, dim=1)
+    cosines = (direction @ direction.T)[pair[0], pair[1]]
     apart = b[pair[0]] + b[pair[1]] - 2 * (prototypes @ prototypes.T)[pair[0], pair[1]]  # |mu_c - mu_c'|^2
     cdnv = (2 - b[pair[0]] - b[pair[1]]) / (2 * torch.where(apart > 0, apart, torch.nan))  # V_c = 1 - |mu_c|^2
     spectrum = torch.linalg.eigvalsh(second).flip(0).clamp(min=0)
     singular = spectrum.sqrt()
-    cosines = cosines[pair[0], pair[1]]
     return Collapse(
         nc1=((within * inverse).sum() / sample.classes).item(),
         etf_mean=cosines.mean().item(),

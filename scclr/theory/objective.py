@@ -6,6 +6,7 @@ Dimensions: n images, M views of each, d embedding dimensions, C classes.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scclr.distributed import World
@@ -47,7 +48,7 @@ def supervised_objective(
     groups = iter(sample.group.split([len(part) for _, part in sample.chunks()]))
     for part, y in sample.chunks():
         group = next(groups)
-        mine = torch.nn.functional.one_hot(y, sample.classes).bool().unsqueeze(1)  # [b, 1, C]
+        mine = F.one_hot(y, sample.classes).bool().unsqueeze(1)  # [b, 1, C]
         for version, without in enumerate(versions):
             kept = torch.ones_like(group, dtype=torch.bool) if without is None else group != without
             z_kept, mask = part[kept], mine[kept]

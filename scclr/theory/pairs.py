@@ -50,7 +50,7 @@ def pair_sums(sample: Sample, temperatures: Sequence[float]) -> Iterator[Tile]:
             similarity = rows @ part.T  # [b M, n_g M]
             if sample.own:
                 here = (sample.group[index] == g).nonzero().squeeze(1)
-                tiled = similarity.view(len(index), views, -1, views)
+                tiled = similarity.view(len(index), views, sum(by_class), views)
                 tiled[here, :, spot[here] - first] = -torch.inf
             first += sum(by_class)
             exponential = torch.empty_like(similarity)

@@ -69,7 +69,7 @@ class Sample:
         _check(z, labels, world)
         self.world, self.views = world, z.shape[1]
         self.own = 0 if population else 1  # how often an image is left out of what it is compared with
-        top = int(world.gather(labels.max().view(1)).max()) + 1 if len(labels) else 0
+        top = int(world.gather(labels.max().view(1) if len(labels) else labels.new_tensor([-1])).max()) + 1
         counts = labels.bincount(minlength=top)
         everywhere = world.gather(counts.unsqueeze(0))  # [W, C]
         self.kept = everywhere.sum(0) > self.own
