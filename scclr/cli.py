@@ -305,7 +305,8 @@ def check_points(overrides: list[str], *, sweep: bool) -> "list[tuple[str, Train
             for point in points:
                 config = resolve(hydra.compose("train", overrides=point))
                 refuse_ignored(config, point)
-                check(config)
+                if config.overwrite or not (config.directory / "result.json").exists():
+                    check(config)
                 own = [word for word in point if not all(word in other for other in points)]
                 configs.append((" ".join(own), config))
         except (HydraException, OmegaConfBaseException) as error:

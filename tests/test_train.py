@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import TINY, result_of, rows_of, run_folders
 
-from scclr.checkpoint import claimed
+from scclr.checkpoint import claimed, load
 from scclr.config import conf_dir
+from scclr.loader import batch_indices
 
 Run = Callable[..., int]
 METRICS = {
@@ -236,7 +237,7 @@ def test_supervised_losses_need_labels(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
-    scclr: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from scclr.losses import LossTerms
     from scclr.losses.balanced import BalancedLoss
@@ -252,3 +253,51 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     monkeypatch.setattr(BalancedLoss, "terms", spoiled)
     assert scclr("train", *TINY, "pretrain.log_every=100", "pretrain.knn_every=0") == 1
     assert "not finite at step 3" in capsys.readouterr().err.splitlines()[-1]
+    (run,) = run_folders(folder)
+    crash = load(run / "crash.pt")
+    assert torch.equal(crash["window"]["indices"], batch_indices(0, 3, 255, 64))
+    assert (crash["step"], crash["config"]["seed"]) == (3, 0)
+    assert not (run / "last.pt").exists()
+    assert "not finite" in (run / "error.txt").read_text()
+
+
+def test_the_folder_of_another_run_is_refused(scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scclr("train", "stages=[pretrain]", *TINY) == 0
+    (run,) = run_folders(folder)
+    assert scclr("train", "stages=[pretrain]", "seed=1", "experiment=other", *TINY) == 0
+    (other,) = (path for path in run_folders(folder) if path.parent.name == "other")
+    for name in ("result.json", "last.pt"):
+        (run / name).write_bytes((other / name).read_bytes())
+        capsys.readouterr()
+        assert scclr("train", "stages=[pretrain]", *TINY) == 1
+        assert "holds another run (seed=1 there, 0 here)" in capsys.readouterr().err.splitlines()[-1]
+        (run / "result.json").unlink(missing_ok=True)
+
+
+def test_no_run_begins_on_a_full_disk(
+    scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr("scclr.checkpoint.shutil.disk_usage", lambda _: usage(2**20))
+    assert scclr("train", *TINY) == 1
+    assert "1.0 MB are free on its disk; free space" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_determinism_is_set_for_the_run_only(on: bool, monkeypatch: pytest.MonkeyPatch, scclr: Run) -> None:
+    import scclr.train as train
+
+    seen = []
+    stages = train.run_stages
+
+    def watched(*args):  # type: ignore[no-untyped-def]
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))
+        stages(*args)
+
+    monkeypatch.setattr(train, "run_stages", watched)
+    assert scclr("train", "stages=[pretrain]", f"deterministic={str(on).lower()}", *TINY) == 0
+    assert seen == [(on, not on)]
+    assert not torch.are_deterministic_algorithms_enabled()
