@@ -22,8 +22,9 @@ class Stop:
     Outside ``deferred`` they end it at once. Inside, the first one is noted, for ``Pace`` to act on between two steps;
     a second one does not wait.
 
-    A handler that was there before has the last word: Python's own turns Ctrl-C into ``KeyboardInterrupt``, submitit's
-    puts the job back into the queue, or goes on.
+    A signal that was ignored before stays so, as Ctrl-C does for a command in the background. A handler that was there
+    has the last word: Python's own turns Ctrl-C into ``KeyboardInterrupt``, submitit's queues the job again,
+    or goes on.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,8 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python lets nobody handle signals
-            self.previous = {number: signal.signal(number, self._take) for number in SIGNALS}
+            heeded = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+            self.previous = {number: signal.signal(number, self._take) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -40,6 +40,16 @@ def test_outside_the_loop_a_signal_is_obeyed_at_once(stop: Stop) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
 
 
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_an_older_handler_has_the_last_word() -> None:
     """As submitit's, which puts the job back into the queue, or goes on."""
     calls: list[int] = []

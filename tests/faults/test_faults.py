@@ -28,6 +28,7 @@ LINE = [*TINY, "pretrain.epochs=14", "pretrain.log_every=5", "pretrain.knn_every
 # Runs the command line after replacing a function of scclr by one that raises a signal or an error at its n-th call.
 HOOK = """
 import importlib, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
 module, name, count, action, rank = os.environ["FAULT"].split()
 module = importlib.import_module(module)
 plain, calls = getattr(module, name), []
