@@ -29,8 +29,8 @@ from scclr.augment.colour import (
 from scclr.augment.draws import CROP_ATTEMPTS, Draws, part
 from scclr.augment.geometry import blur, resample, rotate
 
-# Views in work at once on a CPU, in floats: 2 MiB stay in its caches. At 224 x 224 pixels a batch of 32 images takes
-# half the time that it takes as a whole; at 32 x 32 a batch of 256 takes two thirds.
+# Views in work at once on a CPU, in floats: 2 MiB stay in its caches. At 224 x 224 pixels (32 images, two threads) that
+# gave 1,868 views/s, and the batch as a whole 731.
 CHUNK = 2**19
 
 
