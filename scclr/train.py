@@ -32,7 +32,7 @@ from scclr.config import (
     resolve,
 )
 from scclr.distributed import World, joined, launched
-from scclr.launch import repeatable, spread
+from scclr.launch import keep_memory, repeatable, spread
 from scclr.preemption import Stop
 from scclr.probe import evaluated
 from scclr.result import hint, machine, summary, versions
@@ -112,6 +112,7 @@ def work(config: TrainConfig) -> None:
         UserError: as ``run``.
         SystemExit: a signal asked to stop; the last finished step is in a checkpoint.
     """
+    keep_memory()
     origin = load(config.init_from) if config.init_from is not None else None
     try:
         with Stop() as stop, joined(pick_device(config.device)) as (world, device):

@@ -27,6 +27,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
 from scclr.config import build, conf_dir
+from scclr.launch import keep_memory
 
 ROUNDS, SECONDS = 5, 0.5  # a contender repeats within a round for at least this long
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
@@ -90,6 +91,7 @@ def contenders(size: int, blur: float) -> dict[str, Contender]:
 
 
 def main() -> None:
+    keep_memory()  # for all of them, as scclr train does
     rows = []
     for size in COUNTS:
         for blur in (0.0, 0.5):

@@ -28,10 +28,11 @@ from scclr.components import make_loss, make_model, pick_device
 from scclr.config import TrainConfig, build, conf_dir, resolve
 from scclr.datasets import ImageSet
 from scclr.distributed import World
+from scclr.launch import keep_memory
 from scclr.preemption import Pace, Stop
 from scclr.pretrain import precision_of, pretrain
 
-ROUNDS, SECONDS = 7, 3  # a round of the bare model takes about this long
+ROUNDS, SECONDS = 7, 2  # a round of the bare model takes about this long
 SIZES = {"digits": 8, "fashion_mnist": 28, "mnist": 28, "cifar10": 32, "cifar100": 32, "svhn": 32, "stl10": 96}
 SETTINGS = {  # colour images of a size
     "convnet": (28, ["dataset=cifar10", "augment=simclr", "encoder.widths=[16,32,64]", "encoder.stem_stride=2"]),
@@ -160,6 +161,7 @@ def compare(name: str, size: int | None, overrides: list[str]) -> list[dict[str,
 
 
 def main() -> None:
+    keep_memory()  # for all of them, as scclr train does
     settings = {" ".join(sys.argv[1:]): (None, sys.argv[1:])} if sys.argv[1:] else SETTINGS
     rows = [row for name, setting in settings.items() for row in compare(name, *setting)]
     if not sys.argv[1:]:

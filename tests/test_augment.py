@@ -336,9 +336,9 @@ def test_on_a_gpu_nothing_leaves_it(exact: bool) -> None:
     assert views.device.type == "meta"
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         images = mode.from_tensor(torch.empty(4, 3, 32, 32, dtype=torch.uint8)).to("cuda")
-        rows = torch.zeros(8, device="cuda")
-        box = torch.ones(8, 4, device="cuda")
-        out = geometry.blur(geometry.resample(images.float(), box, rows, 24, 24), rows + 1, 3)
-        out = colour.linear(geometry.rotate(out, rows), torch.ones(8, 3, 3, device="cuda"), torch.ones(8, 3, 3).cuda())
+        rows = torch.zeros(4, device="cuda")
+        taps = geometry.resize_taps(rows, rows + 9, 32, 24, rows)
+        out = geometry.blur(geometry.separable(images.float(), taps, taps), rows + 1, 3)
+        out = colour.linear(geometry.rotate(out, rows), torch.ones(4, 3, 6, device="cuda"))
         assert out.device.type == "cuda"
-        assert out.shape == (8, 3, 24, 24)
+        assert out.shape == (4, 3, 24, 24)

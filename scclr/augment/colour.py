@@ -23,25 +23,23 @@ def colour_maps(draws: Draws, channels: int) -> tuple[Tensor, Tensor]:
     average and the rotation arrives 0.041 away from it (in YIQ 0.050); for 0.1, 0.100, 0.065 and 0.085.
 
     Returns:
-        M and P, [R, C, C] each, on the CPU.
+        M and P side by side, [R, C, 2 C], on the CPU.
     """
-    eye, luma = torch.eye(channels), torch.tensor(LUMA if channels == 3 else (1.0,))
-    to_luma = luma.expand(channels, channels)  # every channel becomes the luma
+    eye, luma = torch.eye(channels), torch.tensor(LUMA if channels == 3 else (1.0,)).view(-1, 1)
     factors = torch.where(draws.jittered.unsqueeze(1), draws.factors, torch.tensor([1.0, 1.0, 1.0, 0.0]))
     bright, contrast, saturation, shift = factors.view(-1, 4, 1, 1).unbind(1)  # [R, 1, 1]
     other = eye.expand(len(factors), -1, -1)
     steps = [bright * eye, contrast * eye, other, other]
     if channels == 3:  # on a grey image the others are the identity, as in torchvision
-        steps[2:] = [saturation * eye + (1 - saturation) * to_luma, hue_turns(shift)]
-    by_kind = torch.stack(steps, 1)  # [R, 4, C, C]
-    pixel, mean = other, torch.zeros_like(other)
-    for turn in range(4):
-        kind = draws.turn[:, turn]
-        step = by_kind.take_along_dim(kind.view(-1, 1, 1, 1), 1).squeeze(1)
-        blend = (1 - contrast) * (kind == 1).view(-1, 1, 1)
-        pixel, mean = step @ pixel, step @ mean + blend * (to_luma @ (pixel + mean))
-    grey = draws.grey.view(-1, 1, 1)
-    return torch.where(grey, to_luma @ pixel, pixel), torch.where(grey, to_luma @ mean, mean)
+        steps[2:] = [torch.lerp(luma.mT.expand(3, 3), eye, saturation), hue_turns(shift)]
+    by_kind, row = torch.stack(steps, 1), torch.arange(len(factors))  # [R, 4, C, C]
+    maps = torch.cat([other, torch.zeros_like(other)], 2)
+    for kind in draws.turn.unbind(1):
+        pixel, mean = maps.chunk(2, 2)
+        blend = ((1 - contrast) * (kind == 1).view(-1, 1, 1)) * (luma * (pixel + mean)).sum(1, keepdim=True)
+        maps = by_kind[row, kind] @ maps
+        maps[:, :, channels:] += blend
+    return torch.where(draws.grey.view(-1, 1, 1), (luma * maps).sum(1, keepdim=True), maps)
 
 
 def hue_turns(shift: Tensor) -> Tensor:
@@ -51,10 +49,11 @@ def hue_turns(shift: Tensor) -> Tensor:
     return torch.cat([column.roll(k, 2) for k in range(3)], 1).transpose(1, 2)
 
 
-def linear(x: Tensor, maps: Tensor, mean_maps: Tensor) -> Tensor:
-    """``colour_maps`` on x [R, C, H, W] with both maps [R, C, C]; not yet clamped."""
+def linear(x: Tensor, maps: Tensor) -> Tensor:
+    """``colour_maps`` [R, C, 2 C] on x [R, C, H, W]; not yet clamped."""
     pixels = x.flatten(2)  # [R, C, H W]
-    return torch.baddbmm(mean_maps @ pixels.mean(2, keepdim=True), maps, pixels).view_as(x)
+    pixel, mean = maps.chunk(2, 2)
+    return torch.baddbmm(mean @ pixels.mean(2, keepdim=True), pixel, pixels).view_as(x)
 
 
 def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Draws(NamedTuple):
 
     def of(self, views: int, images: slice) -> Self:
         """The rows of some of the images, in all of the ``views``."""
-        return type(self)(*(part(values, views, images) for values in self))
+        return type(self)(*(values.unflatten(0, (views, -1))[:, images].flatten(0, 1) for values in self))
 
     def boxes(self, height: Tensor | int, width: Tensor | int) -> Tensor:
         """Crops (top, left, height, width) in whole pixels, float32 [R, 4], as torchvision's RandomResizedCrop.
@@ -50,8 +50,3 @@ class Draws(NamedTuple):
         all_w = torch.where(wide / high > high_ratio, (high * high_ratio).round(), wide)
         centred = torch.cat([((high - all_h) / 2).floor(), ((wide - all_w) / 2).floor(), all_h, all_w], 1)
         return torch.where(fits.any(1, keepdim=True), torch.cat([top, left, h, w], 1), centred)
-
-
-def part(rows: Tensor, views: int, images: slice) -> Tensor:
-    """Of ``rows`` [V B, ...] those of some ``images``, [V b, ...]."""
-    return rows.unflatten(0, (views, -1))[:, images].flatten(0, 1)

@@ -4,67 +4,53 @@ row, then of a column, and every view has weights of its own.
 The sums are embedding bags: their rows are image rows, read where they lie, so that no crop is copied and the work is
 proportional to the number of taps. Interpolation and antialiasing are torchvision's.
 
-Dimensions: B images, R views, a multiple of B: view r is of image r mod B. C channels, H x W pixels, S of them on the
-side of a view that is at hand, T taps.
+Dimensions: R views, C channels, H x W pixels, S of them on the side of a view that is at hand, T taps.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Taps = tuple[Tensor, Tensor]  # positions int32 [R, S, T] and weights [R, S, T]
+Taps = Sequence[Tensor]  # positions int32 [R, S, T] and weights [R, S, T]
 
 
-def resample(x: Tensor, box: Tensor, flipped: Tensor, height: int, width: int) -> Tensor:
-    """Crop, antialiased bilinear resize and horizontal flip, as torchvision's on tensors.
-
-    Args:
-        x: float [B, C, H, W].
-        box: top, left, height and width of the crop in whole pixels, [R, 4].
-        flipped: 1 or 0, [R].
+def separable(x: Tensor, down: Taps, across: Taps) -> Tensor:
+    """Mix the rows of x [R, C, H, W], then the columns of what comes out.
 
     Returns:
-        [R, C, height, width].
+        The views on their side, [R, C, S across, S down].
     """
-    top, left, high, wide = box.unbind(1)
-    columns = resize_taps(left, wide, x.shape[3], width, flipped)
-    return separable(x, resize_taps(top, high, x.shape[2], height, torch.zeros_like(flipped)), columns)
-
-
-def blur(x: Tensor, sigma: Tensor, size: int) -> Tensor:
-    """Gaussian blur of x [R, C, H, W] with a standard deviation [R] each, in pixels; ``size`` taps, reflected edges."""
-    return separable(x, blur_taps(sigma, size, x.shape[2]), blur_taps(sigma, size, x.shape[3]))
-
-
-def separable(x: Tensor, rows: Taps, columns: Taps) -> Tensor:
-    """Mix the columns of x [B, C, H, W], then its rows."""
-    x = _mix(x.transpose(2, 3), *columns)  # [R, C, S, H]
-    return _mix(x.transpose(2, 3), *rows)  # [R, C, S, S]
+    x = _mix(x, *down)  # [R, C, S down, W]
+    return _mix(x.transpose(2, 3), *across)
 
 
 def _mix(x: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums over the third dimension of x [B, C, H, W] -> [R, C, S, W]."""
-    (images, channels, height, width), (n, size, taps) = x.shape, positions.shape
-    plane = torch.arange(n * channels, dtype=torch.int32, device=x.device).remainder_(images * channels)
-    bags = (plane * height).view(n, channels, 1, 1) + positions.unsqueeze(1)  # [R, C, S, T]
-    weights = weights.unsqueeze(1).expand(-1, channels, -1, -1).reshape(-1, taps)
-    image_rows = x.contiguous().view(-1, width)
+    """Weighted sums over the third dimension of x [R, C, H, W] -> [R, C, S, W]."""
+    (views, channels, height, width), (size, taps) = x.shape, positions.shape[1:]
+    planes = torch.arange(0, views * channels * height, height, dtype=torch.int32, device=x.device)
+    bags = planes.view(views, channels, 1, 1) + positions.unsqueeze(1)  # [R, C, S, T]
+    weights = weights.unsqueeze(1).expand(bags.shape).reshape(-1, taps)
+    image_rows = x.reshape(-1, width)
     sums = F.embedding_bag(bags.view(-1, taps), image_rows, per_sample_weights=weights, mode="sum")
-    return sums.view(n, channels, size, width)
+    return sums.view(views, channels, size, width)
 
 
-def resize_taps(low: Tensor, length: Tensor, full: int, size: int, flipped: Tensor) -> Taps:
-    """Resize the pixels from ``low`` [R] on, ``length`` [R] of ``full`` ones, to ``size``.
+def resize_taps(low: Tensor, length: Tensor, full: int, size: int, flipped: Tensor | None = None) -> Taps:
+    """Resize the pixels from ``low`` [R] on, ``length`` [R] of ``full`` ones, to ``size``; 1 in ``flipped`` [R]
+    reverses them.
 
-    The filter is a triangle whose half width is a pixel, or ``length / size`` pixels where that is larger; pixels
-    outside the crop have no weight.
+    Bilinear and antialiased: the filter is a triangle whose half width is a pixel, or ``length / size`` pixels where
+    that is larger; pixels outside the crop have no weight.
     """
-    low, length, flipped = low.view(-1, 1, 1), length.view(-1, 1, 1), flipped.view(-1, 1, 1)
+    low, length = low.view(-1, 1, 1), length.view(-1, 1, 1)
     taps = 2 * math.ceil(max(1.0, full / size))  # as many as the whole image would need
     at = (torch.arange(size, device=low.device).view(1, -1, 1) + 0.5) / size
-    centre = torch.lerp(at, 1 - at, flipped) * length  # [R, S, 1], in pixels from the edge of the crop
+    if flipped is not None:
+        at = torch.lerp(at, 1 - at, flipped.view(-1, 1, 1))
+    centre = at * length  # [R, S, 1], in pixels from the edge of the crop
     reach = (length / size).clamp_min(1)
     position = (centre - reach + 0.5).floor() + torch.arange(taps, device=low.device)  # [R, S, T]
     weights = (1 - (position + 0.5 - centre).abs() / reach).clamp_min(0)
@@ -73,6 +59,11 @@ def resize_taps(low: Tensor, length: Tensor, full: int, size: int, flipped: Tens
         (low + torch.minimum(position.clamp_min(0), length - 1)).int(),
         weights / weights.sum(2, keepdim=True),
     )
+
+
+def blur(x: Tensor, sigma: Tensor, size: int) -> Tensor:
+    """Gaussian blur of x [R, C, H, W] with a standard deviation [R] each, in pixels; ``size`` taps, reflected edges."""
+    return separable(x, blur_taps(sigma, size, x.shape[2]), blur_taps(sigma, size, x.shape[3])).transpose(2, 3)
 
 
 def blur_taps(sigma: Tensor, size: int, full: int) -> Taps:
