@@ -64,7 +64,7 @@ def batches(
             parts = [data.images.accept(block) for block in islice(stream, job.blocks)]
             images = torch.cat([part.to(device, non_blocking=True) for part in parts])
         else:
-            images = data.images[rows[own]]
+            images = data.images.index_select(0, rows[own])
         yield Batch(images, data.labels[rows])
 
 

@@ -14,7 +14,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,6 @@ class Pictures(Dataset):
         return self.transform(self.images[index])
 
 
-def forever(loader: DataLoader) -> Iterator[list[Tensor]]:
-    while True:
-        yield from loader
-
-
 def compare(name: str, size: int | None, overrides: list[str]) -> list[dict[str, Any]]:
     """A row for each contender: pairs per second, median and range over rounds."""
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -101,9 +96,10 @@ def compare(name: str, size: int | None, overrides: list[str]) -> list[dict[str,
             model.zero_grad(set_to_none=True)
             (embed(views) * direction).sum().backward()
 
+    bare(2)  # warms up
     start = time.perf_counter()
     bare(3)
-    steps = max(1, round(SECONDS / ((time.perf_counter() - start) / 3)))
+    steps = max(4, round(SECONDS / ((time.perf_counter() - start) / 3)))
     images = batch.repeat(steps, 1, 1, 1)
     data = ImageSet(images, torch.zeros(len(images), dtype=torch.int64)).to(device)
 
@@ -122,11 +118,9 @@ def compare(name: str, size: int | None, overrides: list[str]) -> list[dict[str,
         Pictures(images, config.augment), options.batch_size, shuffle=True, num_workers=workers, drop_last=True,
         persistent_workers=True, pin_memory=device.type == "cuda",
     )  # fmt: skip
-    pairs = forever(loader)
 
     def lightly(steps: int) -> None:
-        for _ in range(steps):
-            first, second = next(pairs)
+        for first, second in loader:  # an epoch: nothing is read ahead while the others run
             optimizer.zero_grad(set_to_none=True)
             z = embed(torch.cat([first, second]).to(device, non_blocking=True).contiguous(memory_format=layout))
             criterion(*z.chunk(2)).backward()

@@ -25,28 +25,28 @@ def colour_maps(draws: Draws, channels: int) -> tuple[Tensor, Tensor]:
     Returns:
         M and P side by side, [R, C, 2 C], on the CPU.
     """
-    eye, luma = torch.eye(channels), torch.tensor(LUMA if channels == 3 else (1.0,)).view(-1, 1)
+    eye, luma = torch.eye(channels), torch.tensor(LUMA if channels == 3 else (1.0,)).expand(channels, -1)
     factors = torch.where(draws.jittered.unsqueeze(1), draws.factors, torch.tensor([1.0, 1.0, 1.0, 0.0]))
     bright, contrast, saturation, shift = factors.view(-1, 4, 1, 1).unbind(1)  # [R, 1, 1]
-    other = eye.expand(len(factors), -1, -1)
-    steps = [bright * eye, contrast * eye, other, other]
-    if channels == 3:  # on a grey image the others are the identity, as in torchvision
-        steps[2:] = [torch.lerp(luma.mT.expand(3, 3), eye, saturation), hue_turns(shift)]
-    by_kind, row = torch.stack(steps, 1), torch.arange(len(factors))  # [R, 4, C, C]
-    maps = torch.cat([other, torch.zeros_like(other)], 2)
-    for kind in draws.turn.unbind(1):
-        pixel, mean = maps.chunk(2, 2)
-        blend = ((1 - contrast) * (kind == 1).view(-1, 1, 1)) * (luma * (pixel + mean)).sum(1, keepdim=True)
-        maps = by_kind[row, kind] @ maps
-        maps[:, :, channels:] += blend
-    return torch.where(draws.grey.view(-1, 1, 1), (luma * maps).sum(1, keepdim=True), maps)
+    kinds = torch.zeros(len(factors), 4, 2, channels, 2, channels)  # each a map of (pixel, mean) to (pixel, mean)
+    pixel, mean = kinds[:, :, 0, :, 0], kinds[:, :, 1, :, 1]  # [R, 4, C, C]
+    pixel[:, 0], pixel[:, 1], pixel[:, 2:] = bright * eye, contrast * eye, eye
+    if channels == 3:  # on a grey image these are the identity, as in torchvision
+        pixel[:, 2], pixel[:, 3] = torch.lerp(luma, eye, saturation), hue_turns(shift)
+    mean.copy_(pixel)
+    kinds[:, 1, 0, :, 1] = (1 - contrast) * luma  # the mean pixel's luma, which becomes the mean's part too
+    mean[:, 1] += kinds[:, 1, 0, :, 1]
+    first, second, third, fourth = (
+        kinds.flatten(4).flatten(2, 3)[torch.arange(len(factors)).unsqueeze(1), draws.turn].unbind(1)  # [R, 2 C, 2 C]
+    )
+    maps = fourth[:, :channels] @ third @ (second @ first)
+    return torch.where(draws.grey.view(-1, 1, 1), luma.expand(len(maps), -1, -1) @ maps, maps)
 
 
 def hue_turns(shift: Tensor) -> Tensor:
     """Rotations about the grey axis by ``shift`` [R, 1, 1] turns, [R, 3, 3]: red goes to green at a third."""
-    angle = 2 * math.pi * (shift - torch.arange(3) / 3)  # [R, 1, 3]
-    column = (1 + 2 * angle.cos()) / 3  # how much of red stays, goes to green, to blue
-    return torch.cat([column.roll(k, 2) for k in range(3)], 1).transpose(1, 2)
+    channel = torch.arange(3)
+    return (1 + 2 * torch.cos(2 * math.pi * (shift - (channel.view(-1, 1) - channel) / 3))) / 3
 
 
 def linear(x: Tensor, maps: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Dimensions: R views, C channels, H x W pixels, S of them on the side of a view t
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ def _mix(x: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
     planes = torch.arange(0, views * channels * height, height, dtype=torch.int32, device=x.device)
     bags = planes.view(views, channels, 1, 1) + positions.unsqueeze(1)  # [R, C, S, T]
     weights = weights.unsqueeze(1).expand(bags.shape).reshape(-1, taps)
-    image_rows = x.reshape(-1, width)
+    image_rows = x.contiguous().view(-1, width)
     sums = F.embedding_bag(bags.view(-1, taps), image_rows, per_sample_weights=weights, mode="sum")
     return sums.view(views, channels, size, width)
 
@@ -50,15 +51,14 @@ def resize_taps(low: Tensor, length: Tensor, full: int, size: int, flipped: Tens
     at = (torch.arange(size, device=low.device).view(1, -1, 1) + 0.5) / size
     if flipped is not None:
         at = torch.lerp(at, 1 - at, flipped.view(-1, 1, 1))
-    centre = at * length  # [R, S, 1], in pixels from the edge of the crop
+    centre = at * length - 0.5  # [R, S, 1], in pixels from the first one of the crop
     reach = (length / size).clamp_min(1)
-    position = (centre - reach + 0.5).floor() + torch.arange(taps, device=low.device)  # [R, S, T]
-    weights = (1 - (position + 0.5 - centre).abs() / reach).clamp_min(0)
-    weights = weights * ((position >= 0) & (position < length))
-    return (
-        (low + torch.minimum(position.clamp_min(0), length - 1)).int(),
-        weights / weights.sum(2, keepdim=True),
-    )
+    position = (centre - reach).floor() + torch.arange(1, taps + 1, device=low.device)  # [R, S, T]
+    weights = torch.sub(position, centre).abs_().div_(reach).neg_().add_(1).clamp_min_(0)
+    inside = position.clamp_min(0).minimum(length - 1)
+    weights.mul_(inside == position)
+    total = reduce(torch.add, weights.unbind(2)).unsqueeze(2)  # faster than a sum of so few
+    return inside.add_(low).int(), weights.div_(total)
 
 
 def blur(x: Tensor, sigma: Tensor, size: int) -> Tensor:

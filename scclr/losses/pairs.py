@@ -5,9 +5,9 @@ Dimensions: N rows z [N, P] against themselves, or against M keys [M, P]; T rows
     f_i     = log sum_k exp(l_ik)                     l_ik = <z_i, z_k> / tau, over the pairs that are not left out
     df/dz_i = sum_k (w_i p_ik + w_k p_ki) z_k / tau   p_ik = exp(l_ik - f_i), w the gradient with respect to f
 
-No more than a few T x T tiles exist at a time: the backward pass computes them again. Rows against themselves form a
-symmetric matrix, so only its upper triangle is computed, in both passes, and a tile off the diagonal serves the rows of
-both of its sides.
+No more than a few T x T tiles exist at a time: the backward pass computes them again, unless one was all. Rows against
+themselves form a symmetric matrix, so only its upper triangle is computed, in both passes, and a tile off the diagonal
+serves the rows of both of its sides.
 """
 
 import math
@@ -88,16 +88,26 @@ def dense_logsumexp(rows: Tensor, keys: Tensor | None, period: int, ids: Ids) ->
 
 
 class _Tiles:
-    """Tiles of logits, each in the same buffer; of the upper triangle where the rows are their own keys."""
+    """Tiles of logits, or of their exponentials where ``plain``, each in the same buffer; of the upper triangle where
+    the rows are their own keys.
 
-    def __init__(self, rows: Tensor, keys: Tensor | None, period: int, ids: Ids, tile: int) -> None:
+    Args:
+        only: the one tile that there is, if it is known already; it is not written to.
+    """
+
+    def __init__(
+        self, rows: Tensor, keys: Tensor | None, period: int, ids: Ids, plain: bool, tile: int, only: Tensor | None
+    ) -> None:
         self.rows, self.keys, self.period, self.ids, self.tile = rows, rows if keys is None else keys, period, ids, tile
-        self.symmetric = keys is None
+        self.symmetric, self.plain, self.only = keys is None, plain, only
         self.buffer = rows.new_empty(min(tile, len(rows)) * min(tile, len(self.keys)))
 
     def __iter__(self) -> Iterator[tuple[slice, slice, bool, Tensor]]:
-        """(rows, keys, whether the mirror image is needed too, logits [T, T])."""
+        """(rows, keys, whether the mirror image is needed too, tile [T, T])."""
         n, m, t = len(self.rows), len(self.keys), self.tile
+        if self.only is not None:
+            yield slice(0, n), slice(0, m), False, self.only
+            return
         for a in range(0, n, t):
             i = slice(a, min(a + t, n))
             for b in range(a if self.symmetric else 0, m, t):
@@ -111,7 +121,7 @@ class _Tiles:
                         logits.diagonal(diagonal).fill_(-math.inf)
                 if self.ids is not None:
                     logits.masked_fill_(self.ids[0][i].unsqueeze(1) == self.ids[1][j], -math.inf)
-                yield i, j, self.symmetric and a != b, logits
+                yield i, j, self.symmetric and a != b, logits.exp_() if self.plain else logits
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -120,23 +130,24 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, keys: Tensor | None, period: int, ids: Ids, plain: bool, tile: int) -> Tensor:
         sums = rows.new_full((len(rows),), 0 if plain else -math.inf)
-        for i, j, mirror, logits in _Tiles(rows, keys, period, ids, tile):
+        values = None
+        for i, j, mirror, values in _Tiles(rows, keys, period, ids, plain, tile, None):
             if plain:
-                logits.exp_()
-                sums[i] += logits.sum(1)
+                sums[i] += values.sum(1)
                 if mirror:
-                    sums[j] += logits.sum(0)
+                    sums[j] += values.sum(0)
             else:
-                sums[i] = sums[i].logaddexp(logits.logsumexp(1))
+                sums[i] = sums[i].logaddexp(values.logsumexp(1))
                 if mirror:
-                    sums[j] = sums[j].logaddexp(logits.logsumexp(0))
-        ctx.save_for_backward(rows, keys, sums)
+                    sums[j] = sums[j].logaddexp(values.logsumexp(0))
+        whole = values is not None and values.shape == (len(rows), len(rows if keys is None else keys))
+        ctx.save_for_backward(rows, keys, sums, values if whole else None)
         ctx.period, ctx.ids, ctx.plain, ctx.tile = period, ids, plain, tile
         return sums.log() if plain else sums
 
     @staticmethod
     def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
-        rows, keys, _ = ctx.saved_tensors
+        rows, keys, *_ = ctx.saved_tensors
         to_rows: Tensor | None
         to_keys: Tensor | None
         if torch.is_grad_enabled():  # the caller asked for a gradient that can be differentiated again
@@ -153,16 +164,16 @@ class _LogSumExp(torch.autograd.Function):
 
 def _accumulate(to_rows: Tensor, to_keys: Tensor, ctx: Any, w: Tensor) -> None:
     """Add the gradients with respect to rows and keys, which are one tensor where the rows are their own keys."""
-    rows, keys, sums = ctx.saved_tensors
-    tiles = _Tiles(rows, keys, ctx.period, ctx.ids, ctx.tile)
+    rows, keys, sums, only = ctx.saved_tensors
+    tiles = _Tiles(rows, keys, ctx.period, ctx.ids, ctx.plain, ctx.tile, only)
     share, scratch = torch.where(sums == 0, 0, w / sums), torch.empty_like(tiles.buffer)
     sums = sums.masked_fill(sums == -math.inf, 0)  # a row without keys has no gradient
     for i, j, mirror, tile in tiles:
         if ctx.plain:  # w_i p_ik + w_k p_ki = exp(l_ik) (w_i / S_i + w_k / S_k)
             both = scratch[: tile.numel()].view_as(tile)
-            tile.exp_().mul_(
-                torch.add(share[i].unsqueeze(1), share[j], out=both) if tiles.symmetric else share[i].unsqueeze(1)
-            )
+            weights = share[i].unsqueeze(1)
+            weights = torch.add(weights, share[j], out=both) if tiles.symmetric else weights
+            tile = torch.mul(tile, weights, out=both)
         else:
             weights = (tile - sums[i].unsqueeze(1)).exp_().mul_(w[i].unsqueeze(1))
             tile = weights.add_((tile - sums[j]).exp_().mul_(w[j])) if tiles.symmetric else weights
