@@ -177,8 +177,8 @@ class Augment(Recipe):
         def uniform(*size: int) -> Tensor:
             return torch.rand(*shape, *size, generator=random)
 
-        def between(low: Tensor, high: Tensor, share: Tensor) -> Tensor:
-            return low + share * (high - low)
+        def between(ends: Sequence[Tensor], share: Tensor) -> Tensor:
+            return ends[0] + share * (ends[1] - ends[0])
 
         def chance(name: str) -> Tensor:
             return uniform() < each(name)
@@ -186,9 +186,9 @@ class Augment(Recipe):
         strength = torch.stack([each(name) for name in ("brightness", "contrast", "saturation")], 2)  # [V, 1, 3]
         unit, ratio = uniform(4), each("crop_ratio")
         crop = torch.rand(4, CROP_ATTEMPTS, *shape, generator=random).movedim(1, 3)  # [4, V, B, attempts]
-        rows = Draws(
-            area=between(*each("crop_scale").split(1, 2), crop[0]),
-            aspect=between(*ratio.log().split(1, 2), crop[1]).exp(),
+        found: Sequence[Tensor] = Draws(
+            area=between(each("crop_scale").split(1, 2), crop[0]),
+            aspect=between(ratio.log().split(1, 2), crop[1]).exp(),
             place=crop[2:].movedim(0, 3),
             ratio=ratio.expand(*shape, 2),
             flipped=chance("flip"),
@@ -197,17 +197,17 @@ class Augment(Recipe):
             turn=uniform(4).argsort(2),
             factors=torch.cat(
                 [
-                    between((1 - strength).clamp_min(0), 1 + strength, unit[..., :3]),
+                    between(((1 - strength).clamp_min(0), 1 + strength), unit[..., :3]),
                     (2 * unit[..., 3:] - 1) * each("hue").unsqueeze(2),
                 ],
                 2,
             ),
             grey=chance("grayscale"),
             blurred=chance("blur"),
-            sigma=between(*each("blur_sigma").unbind(2), uniform()),
+            sigma=between(each("blur_sigma").unbind(2), uniform()),
             inverted=chance("solarize"),
         )
-        return Draws(*(values.flatten(0, 1) for values in rows))
+        return Draws(*(values.flatten(0, 1) for values in found))
 
     def _render(self, source: Tensor, draws: Draws, box: Tensor) -> Tensor:
         """Views of ``source`` uint8 [B, C, H, W], row r of image r mod B, with ``box`` [R, 4]; on a CPU in chunks.
@@ -221,8 +221,8 @@ class Augment(Recipe):
         top, left, high, wide, flipped, degrees = table[:, :6].unbind(1)
         down = resize_taps(top, high, height, self.size or height)
         across = resize_taps(left, wide, width, self.size or width, flipped)
-        shape = (len(box), channels, self.size or height, self.size or width)
-        out = torch.empty(shape, device=device, memory_format=torch.channels_last)
+        size = (len(box), channels, self.size or height, self.size or width)
+        out = torch.empty(size, device=device, memory_format=torch.channels_last)
         parts = math.ceil(count * out[0].numel() / CHUNK) if device.type == "cpu" else 1
         step = math.ceil(count / parts)
         for first in range(0, count, step):

@@ -13,7 +13,7 @@ from scclr.augment.draws import Draws
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
 
 
-def colour_maps(draws: Draws, channels: int) -> tuple[Tensor, Tensor]:
+def colour_maps(draws: Draws, channels: int) -> Tensor:
     """Jitter and grayscale of each view as one map: pixel -> M pixel + P m, where m is the mean pixel of the view.
 
     Brightness, contrast, saturation and grayscale are linear in a pixel and in the mean that contrast blends with, so
