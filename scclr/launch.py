@@ -24,10 +24,10 @@ KEPT = 2**29  # bytes
 
 
 def keep_memory() -> None:
-    """Let glibc keep up to 512 MiB of freed memory for the next tensor, instead of none in blocks of 32 MiB and above.
+    """Let glibc keep up to 512 MiB of freed memory for the next tensors.
 
-    A block that goes back to the kernel comes again page by page, each cleared: on a CPU that can take longer than
-    the operation that fills it.
+    Its own thresholds start at 128 KiB and follow what was freed before. A block that goes back to the kernel comes
+    again page by page, each cleared: on a CPU that can take longer than the operation that fills it.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
