@@ -3,7 +3,7 @@
 Dimensions: B images, V views z1, z2, ... [B, P] with unit rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import torch
@@ -30,13 +30,14 @@ def effective_rank(z: Tensor) -> Tensor:
     return torch.special.entr(share).sum().exp()
 
 
-def pull(term: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """The gradient of ``term(z)`` along the sphere, as z [..., P]; its norm says how hard it moves the embeddings.
+def pulls(terms: Callable[[Tensor], Sequence[Tensor]], z: Tensor) -> list[Tensor]:
+    """The gradient of each of ``terms(z)`` along the sphere, as z [..., P]; its norm says how hard the term moves the
+    embeddings.
 
     The radial part is left out, since the normalisation would remove it.
     """
     z = z.detach().requires_grad_()
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(term(z), z)
-    unit = F.normalize(z, dim=-1)
-    return gradient - (gradient * unit).sum(-1, keepdim=True) * unit
+        gradients = [torch.autograd.grad(term, z, retain_graph=True)[0] for term in terms(z)]
+    unit = F.normalize(z.detach(), dim=-1)
+    return [gradient - (gradient * unit).sum(-1, keepdim=True) * unit for gradient in gradients]

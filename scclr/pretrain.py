@@ -179,7 +179,7 @@ def pretrain(
             forward, loss, augment, optimizer, scaler, batch,
             seed=seed, step=step, dtype=dtype, layout=layout, world=world, micro_batch=config.micro_batch,
         )  # fmt: skip
-        window.add(step, terms)
+        window.add(terms)
 
         done = step + 1
         knn_due = config.knn_every > 0 and done % (config.knn_every * steps_per_epoch) == 0
@@ -191,44 +191,42 @@ def pretrain(
                 log(done, row | knn_now)
             window = _Window(device, done, world)
         if due := world.most(pace.due(done)):
-            state = window.state(done)
+            state = window.state()
             if world.leads:
                 save(done, state)
             pace.saved(due)
 
 
 class _Window:
-    """Loss terms summed on the device between two logged steps, and the first step at which they were not finite.
+    """Loss terms of the steps since the last logged one. They stay on the device, unread, until a row or a checkpoint.
 
     Args:
         carried: ``state`` of a window that a checkpoint cut in two.
     """
 
     def __init__(self, device: torch.device, begin: int, world: World, carried: dict[str, Any] | None = None) -> None:
-        self.sums = torch.zeros(3, device=device)
-        self.bad = torch.full((), torch.iinfo(torch.int64).max, device=device)
+        self.steps: list[Tensor] = []  # [3] each
         self.begin = self.timed = begin
         if carried is not None:
             self.begin = carried["begin"]
-            if world.leads:
-                self.sums.copy_(carried["sums"])
+            earlier = carried["terms"].to(device)  # of all processes
+            self.steps += (earlier if world.leads else torch.zeros_like(earlier)).unbind()
         self.world, self.clock = world, time.perf_counter()
 
-    def add(self, step: int, terms: LossTerms) -> None:
-        values = torch.stack(terms)
-        self.sums += values
-        self.bad = torch.where(values.isfinite().all(), self.bad, self.bad.clamp_max(step))
+    def add(self, terms: LossTerms) -> None:
+        self.steps.append(torch.stack(terms))
 
-    def state(self, done: int) -> dict[str, Any]:
-        """What the window holds, of all processes. This is where the host waits.
+    def state(self) -> dict[str, Any]:
+        """What the window holds, summed over processes, [steps, 3]. This is where the host waits.
 
         Raises:
             NotFiniteError: a step was not finite, in any process.
         """
-        sums = self.world.sum(self.sums.clone())
-        if not sums.isfinite().all():
-            raise NotFiniteError(min(-self.world.most(-int(self.bad)), done - 1))
-        return {"sums": sums.cpu(), "begin": self.begin}
+        terms = self.world.sum(torch.stack(self.steps)).cpu()
+        bad = terms.isfinite().all(1).logical_not().nonzero()
+        if len(bad) > 0:
+            raise NotFiniteError(self.begin + int(bad[0]))
+        return {"terms": terms, "begin": self.begin}
 
     def close(self, done: int, batch: int) -> dict[str, float]:
         """Means over the window and over processes.
@@ -236,8 +234,8 @@ class _Window:
         Raises:
             NotFiniteError: see ``state``.
         """
-        sums = self.state(done)["sums"]
-        total, attract, repel = (sums / (done - self.begin) / self.world.size).tolist()
+        terms = self.state()["terms"].double()
+        total, attract, repel = (terms.mean(0) / self.world.size).tolist()
         speed = (done - self.timed) * batch / (time.perf_counter() - self.clock)
         return {"loss": total, "attract": attract, "repel": repel, "images_per_second": speed}
 
@@ -248,8 +246,7 @@ def geometry(loss: Loss, z: Tensor, labels: Tensor) -> dict[str, float]:
     Of a loss with a softmax also what alpha lets in (``Admission``); labels are only measured.
     """
     unit = F.normalize(z, dim=2)
-    attract = metrics.pull(lambda views: loss(*views, labels=labels).attract, z)
-    repel = metrics.pull(lambda views: loss(*views, labels=labels).repel, z)
+    attract, repel = metrics.pulls(lambda views: loss(*views, labels=labels)[1:], z)
     values = {
         "alignment": metrics.alignment(*unit),
         "uniformity": metrics.uniformity(unit.flatten(0, 1)),

@@ -27,24 +27,21 @@ def colour_maps(draws: Draws, channels: int) -> Tensor:
     """
     eye, luma = torch.eye(channels), torch.tensor(LUMA if channels == 3 else (1.0,)).expand(channels, -1)
     factors = torch.where(draws.jittered.unsqueeze(1), draws.factors, torch.tensor([1.0, 1.0, 1.0, 0.0]))
-    bright, contrast, saturation, shift = factors.view(-1, 4, 1, 1).unbind(1)  # [R, 1, 1]
-    kinds = torch.zeros(len(factors), 4, 2, channels, 2, channels)  # each a map of (pixel, mean) to (pixel, mean)
-    pixel, mean = kinds[:, :, 0, :, 0], kinds[:, :, 1, :, 1]  # [R, 4, C, C]
-    pixel[:, 0], pixel[:, 1], pixel[:, 2:] = bright * eye, contrast * eye, eye
+    bright, contrast, saturation, shift = factors.view(-1, 4, 1, 1, 1).unbind(1)  # [R, 1, 1, 1]
+    kinds = torch.empty(len(factors), 4, 2, channels, channels)  # what each does to a pixel, and to the mean pixel
+    kinds[:, 0], kinds[:, 1, :1] = bright * eye, contrast * eye
+    kinds[:, 1, 1:] = torch.lerp(luma, eye, contrast)  # a pixel is blended with the mean pixel's luma
+    kinds[:, 2:] = eye
     if channels == 3:  # on a grey image these are the identity, as in torchvision
-        pixel[:, 2], pixel[:, 3] = torch.lerp(luma, eye, saturation), hue_turns(shift)
-    mean.copy_(pixel)
-    kinds[:, 1, 0, :, 1] = (1 - contrast) * luma  # the mean pixel's luma, which becomes the mean's part too
-    mean[:, 1] += kinds[:, 1, 0, :, 1]
-    first, second, third, fourth = (
-        kinds.flatten(4).flatten(2, 3)[torch.arange(len(factors)).unsqueeze(1), draws.turn].unbind(1)  # [R, 2 C, 2 C]
-    )
-    maps = fourth[:, :channels] @ third @ (second @ first)
-    return torch.where(draws.grey.view(-1, 1, 1), luma.expand(len(maps), -1, -1) @ maps, maps)
+        kinds[:, 2], kinds[:, 3] = torch.lerp(luma, eye, saturation), hue_turns(shift)
+    first, second, third, fourth = kinds[torch.arange(len(factors)).unsqueeze(1), draws.turn].unbind(1)  # [R, 2, C, C]
+    maps = fourth @ third @ (second @ first)
+    pixel, mean = torch.where(draws.grey.view(-1, 1, 1, 1), luma @ maps, maps).unbind(1)
+    return torch.cat([pixel, mean - pixel], 2)
 
 
 def hue_turns(shift: Tensor) -> Tensor:
-    """Rotations about the grey axis by ``shift`` [R, 1, 1] turns, [R, 3, 3]: red goes to green at a third."""
+    """Rotations about the grey axis by ``shift`` [.., 1, 1] turns, [.., 3, 3]: red goes to green at a third."""
     channel = torch.arange(3)
     return (1 + 2 * torch.cos(2 * math.pi * (shift - (channel.view(-1, 1) - channel) / 3))) / 3
 

@@ -22,8 +22,9 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)  # in place: half of the memory to write
+        y = self.norm2(self.conv2(y)).add_(self.shortcut(x))
+        return F.relu(y, inplace=True)
 
 
 class ConvNet(nn.Module):
