@@ -100,6 +100,8 @@ def compare(name: str, size: int | None, overrides: list[str]) -> list[dict[str,
     start = time.perf_counter()
     bare(3)
     steps = max(4, round(SECONDS / ((time.perf_counter() - start) / 3)))
+    if steps > options.log_every:
+        steps -= steps % options.log_every  # whole rows of the log
     images = batch.repeat(steps, 1, 1, 1)
     data = ImageSet(images, torch.zeros(len(images), dtype=torch.int64)).to(device)
 
