@@ -205,16 +205,16 @@ class _Window:
     """
 
     def __init__(self, device: torch.device, begin: int, world: World, carried: dict[str, Any] | None = None) -> None:
-        self.steps: list[Tensor] = []  # [3] each
+        self.steps = [torch.zeros(0, 3, device=device)]  # parts of [steps, 3]
         self.begin = self.timed = begin
         if carried is not None:
             self.begin = carried["begin"]
             earlier = carried["terms"].to(device)  # of all processes
-            self.steps += (earlier if world.leads else torch.zeros_like(earlier)).unbind()
+            self.steps.append(earlier if world.leads else torch.zeros_like(earlier))
         self.world, self.clock = world, time.perf_counter()
 
     def add(self, terms: LossTerms) -> None:
-        self.steps.append(torch.stack(terms))
+        self.steps.append(torch.stack(terms).unsqueeze(0))
 
     def state(self) -> dict[str, Any]:
         """What the window holds, summed over processes, [steps, 3]. This is where the host waits.
@@ -222,7 +222,7 @@ class _Window:
         Raises:
             NotFiniteError: a step was not finite, in any process.
         """
-        terms = self.world.sum(torch.stack(self.steps)).cpu()
+        terms = self.world.sum(torch.cat(self.steps)).cpu()
         bad = terms.isfinite().all(1).logical_not().nonzero()
         if len(bad) > 0:
             raise NotFiniteError(self.begin + int(bad[0]))
