@@ -209,33 +209,33 @@ class _Window:
         self.begin = self.timed = begin
         if carried is not None:
             self.begin = carried["begin"]
-            earlier = carried["terms"].to(device)  # of all processes
-            self.steps.append(earlier if world.leads else torch.zeros_like(earlier))
+            self.steps.append(carried["terms"].to(device))
         self.world, self.clock = world, time.perf_counter()
 
     def add(self, terms: LossTerms) -> None:
         self.steps.append(torch.stack(terms).unsqueeze(0))
 
     def state(self) -> dict[str, Any]:
-        """What the window holds, summed over processes, [steps, 3]. This is where the host waits.
+        """The terms, means over processes, float64 [steps, 3]: any number of processes can carry them on.
+
+        This is where the host waits.
 
         Raises:
             NotFiniteError: a step was not finite, in any process.
         """
-        terms = self.world.sum(torch.cat(self.steps)).cpu()
+        terms = (self.world.sum(torch.cat(self.steps).double()) / self.world.size).cpu()
         bad = terms.isfinite().all(1).logical_not().nonzero()
         if len(bad) > 0:
             raise NotFiniteError(self.begin + int(bad[0]))
         return {"terms": terms, "begin": self.begin}
 
     def close(self, done: int, batch: int) -> dict[str, float]:
-        """Means over the window and over processes.
+        """Means over the window.
 
         Raises:
             NotFiniteError: see ``state``.
         """
-        terms = self.state()["terms"].double()
-        total, attract, repel = (terms.mean(0) / self.world.size).tolist()
+        total, attract, repel = self.state()["terms"].mean(0).tolist()
         speed = (done - self.timed) * batch / (time.perf_counter() - self.clock)
         return {"loss": total, "attract": attract, "repel": repel, "images_per_second": speed}
 

@@ -15,7 +15,7 @@ from scclr.distributed import World
 from scclr.loader import Batch, epoch_order
 from scclr.losses import Loss, LossTerms
 from scclr.preemption import Pace, Stop
-from scclr.pretrain import precision_of, pretrain, train_step
+from scclr.pretrain import _Window, precision_of, pretrain, train_step
 
 LOSSES = sorted(path.stem for path in (conf_dir() / "loss").glob("*.yaml"))
 NEVER = Pace(steps=None, seconds=None, total=-1, stop=Stop())
@@ -86,6 +86,22 @@ def test_a_step_that_is_not_finite_is_named() -> None:
             save=lambda step, window: None, knn=lambda: 0.0,
         )  # fmt: skip
     assert rows == []
+
+
+@pytest.mark.parametrize("cut_at", [0, 2])  # 0: a checkpoint right after a row
+def test_a_window_cut_by_a_checkpoint_gives_the_same_row(cut_at: int) -> None:
+    terms, cpu = torch.rand(5, 3, generator=torch.Generator().manual_seed(0)), torch.device("cpu")
+
+    def window(part: torch.Tensor, begin: int, carried: dict[str, Any] | None = None) -> _Window:
+        window = _Window(cpu, begin, World(), carried)
+        for row in part:
+            window.add(LossTerms(*row))
+        return window
+
+    saved = window(terms[:cut_at], begin=7).state()
+    row = window(terms[cut_at:], begin=7 + cut_at, carried=saved).close(12, batch=4)
+    for value, name in zip(terms.double().mean(0).tolist(), ("loss", "attract", "repel"), strict=True):
+        assert row[name] == pytest.approx(value, rel=1e-12)
 
 
 @pytest.mark.parametrize(("channels", "micro_batch", "cut"), [(1, None, False), (3, None, False), (3, 6, True)])

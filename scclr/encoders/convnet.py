@@ -22,7 +22,7 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)), inplace=True)  # in place: half of the memory to write
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)  # batch norm does not need its output again
         y = self.norm2(self.conv2(y)).add_(self.shortcut(x))
         return F.relu(y, inplace=True)
 
