@@ -39,7 +39,9 @@ class Model(nn.Module):
 
     def represent(self, images: Tensor) -> Tensor:
         """h [B, D] of float images in [0, 1], [B, C, H, W]."""
-        return self.encoder((images - self.mean) / self.std)
+        # Images in channels_last broadcast several times faster against whole ones than against a pixel, on a CPU.
+        mean, std = (torch.empty_like(images[:1], dtype=x.dtype).copy_(x) for x in (self.mean, self.std))
+        return self.encoder((images - mean).div_(std))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(h [B, D], z [B, P] in float32, with unit rows if ``normalize``; an all-zero row stays zero)."""
