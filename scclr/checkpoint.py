@@ -18,6 +18,7 @@ import torch
 from scclr.config import UserError, checkpoint_path, one_line, require
 
 GENERATIONS = ("last.pt", "previous.pt")
+FORMAT = 1  # of what a checkpoint holds; another one cannot be resumed
 DISCARDED = ("result.json", *GENERATIONS, "crash.pt", "metrics.jsonl", "error.txt")  # by overwrite=true
 MARK = b"sha256:"
 COMMENT = len(MARK) + 64
@@ -61,7 +62,7 @@ def save(directory: Path, state: dict[str, Any], name: str = GENERATIONS[0]) -> 
         UserError: the disk is full or the folder cannot be written; the previous checkpoint is kept.
     """
     path, buffer = directory / name, io.BytesIO()
-    torch.save(state, buffer)
+    torch.save({"format": FORMAT, **state}, buffer)
     data = buffer.getbuffer()
     data[-2:] = COMMENT.to_bytes(2, "little")  # the length of the comment ends an archive without one
     comment = MARK + hashlib.sha256(data).hexdigest().encode()
@@ -102,7 +103,7 @@ def resume(directory: Path) -> dict[str, Any] | None:
     A damaged generation is named on standard error and set aside as ``damaged.pt``.
 
     Raises:
-        UserError: there are checkpoints, all of them damaged.
+        UserError: there are checkpoints, all of them damaged; or the run is another version's of scclr.
     """
     damage = None
     for path in (directory / name for name in GENERATIONS):
@@ -115,6 +116,10 @@ def resume(directory: Path) -> dict[str, Any] | None:
             os.replace(path, directory / "damaged.pt")
             print(f"{one_line(error)}: set aside as damaged.pt", file=sys.stderr)
             continue
+        foreign = state.get("format") != FORMAT
+        require(
+            not foreign, f"{path}: another version of scclr left this run unfinished; type overwrite=true to begin anew"
+        )
         if damage is not None:
             print(f"going on from {path.name}, at step {state['step']}", file=sys.stderr)
         return state

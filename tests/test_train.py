@@ -159,6 +159,26 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     assert [path.name for path in run.iterdir() if "partial" in path.name] == []
 
 
+def test_another_version_cannot_resume_a_run(
+    scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as older:
+        older.setattr("scclr.checkpoint.FORMAT", 0)
+        assert scclr("train", "stages=[pretrain]", *TINY) == 0
+    (run,) = run_folders(folder)
+    probing = [word for word in TINY if word.startswith(("dataset", "probe"))]
+    assert scclr("train", "stages=[probe]", f"init_from={run}", "experiment=still", *probing) == 0, (
+        "weights are weights"
+    )
+    (run / "result.json").unlink()
+    before = (run / "last.pt").read_bytes()
+    capsys.readouterr()
+    assert scclr("train", "stages=[pretrain]", *TINY) == 1
+    assert "type overwrite=true to begin anew" in capsys.readouterr().err.splitlines()[-1]
+    assert (run / "last.pt").read_bytes() == before
+    assert scclr("train", "stages=[pretrain]", *TINY, "overwrite=true") == 0
+
+
 def test_two_processes_cannot_share_a_run(scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert scclr("train", "stages=[pretrain]", *TINY) == 0
     (run,) = run_folders(folder)

@@ -11,7 +11,7 @@ from scclr.datasets import ImageSet
 from scclr.loader import views
 from scclr.losses import Softmax
 from scclr.model import Model
-from scclr.theory.stage import AFTER, suited
+from scclr.theory.stage import AFTER, in_channels
 from scclr.theory.thresholds import augmentation_correlations, collapse_threshold, misalignment_onset
 
 IMAGES, VIEWS, SIDE = 1024, 8, 8
@@ -53,7 +53,7 @@ def forecast(model: Model, data: ImageSet, augment: Augment, softmax: Softmax, *
     for number in range(max(1, min(IMAGES, len(data)) // batch)):
         part = data[slice(number * batch, (number + 1) * batch)]
         steps = (AFTER + number * calls + call for call in range(calls))
-        seen = [suited(views(part, augment, seed=seed, step=step), model.channels) for step in steps]
+        seen = [in_channels(views(part, augment, seed=seed, step=step), model.channels) for step in steps]
         blocks = torch.cat([twin(x)[0].float() for x in seen]), F.adaptive_avg_pool2d(torch.cat(seen), SIDE).flatten(1)
         parts.append([x.unflatten(0, (-1, len(part)))[:VIEWS] for x in blocks])  # [M, b, D]
     features = [torch.cat(block, 1) for block in zip(*parts, strict=True)]

@@ -59,14 +59,14 @@ def embed(
     kept = None if own else 0  # more processes than batches: one without images needs their shapes all the same
     for number, part in enumerate(own or [data[slice(0, 1)]], start=world.rank * share):
         steps = (AFTER + number * calls + call for call in range(calls))
-        found = [model(suited(views(part, augment, seed=seed, step=step), model.channels)) for step in steps]
+        found = [model(in_channels(views(part, augment, seed=seed, step=step), model.channels)) for step in steps]
         for rows, both in zip((hs, zs), zip(*found, strict=True), strict=True):
             rows.append(torch.cat(both).float().unflatten(0, (-1, len(part)))[:count].transpose(0, 1))  # [b, M, D]
     labels = torch.cat([part.labels for part in own] or [data.labels])[:kept]
     return F.normalize(torch.cat(hs), dim=2)[:kept], F.normalize(torch.cat(zs), dim=2)[:kept], labels
 
 
-def suited(x: Tensor, channels: int) -> Tensor:
+def in_channels(x: Tensor, channels: int) -> Tensor:
     """Grey views [R, 1, S, S] repeated, or colour ones as luma, to suit an encoder."""
     if x.shape[1] == channels:
         return x
