@@ -26,6 +26,10 @@ examples
   scclr train -m alpha=0.3,0.5,0.7 seed=0,1,2
   scclr train stages=[probe] init_from=runs/default/<run> dataset=fashion_mnist"""
 
+STATUS_HELP = """\
+usage: scclr sweep-status <folder of runs>
+
+Count the points of the sweeps in a folder of runs, such as runs/default: done, running, failed, stopped, missing."""
 
 SHOW_HELP = """\
 usage: scclr show [group=choice ...] [key=value ...]
@@ -174,7 +178,10 @@ def sweep_status(argv: list[str]) -> None:
     from scclr.config import UserError
     from scclr.sweep import status
 
-    if len(argv) != 1 or argv[0] in ("-h", "--help"):
+    if "-h" in argv or "--help" in argv:
+        print(STATUS_HELP)
+        return
+    if len(argv) != 1:
         raise UserError("type scclr sweep-status <folder of runs>, such as runs/default")
     print("\n".join(status(Path(argv[0]))))
 
@@ -343,6 +350,6 @@ def keys(node: object, prefix: str = "") -> Iterator[str]:
 
 COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (train, "pretrain an encoder and evaluate it frozen"),
-    "sweep-status": (sweep_status, "done, running, failed and missing points of a sweep"),
+    "sweep-status": (sweep_status, "done, running, failed, stopped and missing points of a sweep"),
     "show": (show, "draw the views that pretraining will see"),
 }

@@ -36,6 +36,14 @@ def test_unknown_command(scclr: Run, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err == "scclr: error: no such command: trian; did you mean train?\n"
 
 
+@pytest.mark.parametrize("command", ["train", "sweep-status", "show"])
+def test_every_command_has_help(scclr: Run, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert scclr(command, "--help") == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"usage: scclr {command} ")
+    assert shown.err == ""
+
+
 def test_train_help(scclr: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert scclr("train", "--help") == 0
     out = capsys.readouterr().out
