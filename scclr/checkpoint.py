@@ -116,10 +116,10 @@ def resume(directory: Path) -> dict[str, Any] | None:
             os.replace(path, directory / "damaged.pt")
             print(f"{one_line(error)}: set aside as damaged.pt", file=sys.stderr)
             continue
-        foreign = state.get("format") != FORMAT
-        require(
-            not foreign, f"{path}: another version of scclr left this run unfinished; type overwrite=true to begin anew"
-        )
+        if state.get("format") != FORMAT:
+            raise UserError(
+                f"{path}: another version of scclr left this run unfinished; type overwrite=true to begin anew"
+            )
         if damage is not None:
             print(f"going on from {path.name}, at step {state['step']}", file=sys.stderr)
         return state
