@@ -3,10 +3,10 @@
     pip install scclr[bench]
     python scripts/bench_augment.py
 
-Crop, flip, jitter 0.8 (0.4, 0.4, 0.4, 0.1), grayscale 0.2, with and without Gaussian blur 0.5, and normalisation, from
-uint8 images of the views' size, which are random noise. torchvision's transforms run image by image: on PIL images
-(v1, v2), on uint8 tensors (v2), and on PIL images in a DataLoader with a worker process per core. Rounds go through all
-in turn.
+The operations are crop, flip, jitter 0.8 (0.4, 0.4, 0.4, 0.1), grayscale 0.2, normalization, and in half of the
+measurements Gaussian blur 0.5. The images are random uint8 noise of the size of the views. torchvision transforms them
+one by one: PIL images (v1, v2), uint8 tensors (v2), and PIL images in a DataLoader with one worker process per core.
+Each round measures all contenders.
 Writes scripts/results/bench_augment.csv.
 """
 
@@ -26,14 +26,15 @@ from torchvision.transforms import transforms as v1
 from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
-from scclr.config import build, conf_dir
-from scclr.launch import keep_memory
+from scclr.config.build import build
+from scclr.config.compose import conf_dir
+from scclr.run.machine import keep_freed_memory
 
 ROUNDS, SECONDS = 5, 0.5  # a contender repeats within a round for at least this long
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
-COUNTS = {32: 512, 224: 64}  # images of each size; each gives two views in a batch, one in a pipeline of single images
+COUNTS = {32: 512, 224: 64}  # images of each size; each gives two views in a batch, or one in a pipeline of images
 
-Contender = tuple[Callable[[], Any], int]  # what makes the views, and how many
+Contender = tuple[Callable[[], Any], int]  # a function that makes views, and their number
 
 
 class Pictures(Dataset):
@@ -91,7 +92,7 @@ def contenders(size: int, blur: float) -> dict[str, Contender]:
 
 
 def main() -> None:
-    keep_memory()  # for all of them, as scclr train does
+    keep_freed_memory()  # as scclr train does, for all contenders
     rows = []
     for size in COUNTS:
         for blur in (0.0, 0.5):

@@ -3,14 +3,15 @@
     pip install scclr[bench]
     python scripts/bench_loss.py [VIEWS ...]      by default 512 2048 8192 16384 65536
 
-Every measurement is a process of its own, and rounds go through all contenders in turn. Time is the median over rounds;
-memory is the largest growth of the resident set beyond the inputs. A contender is skipped at a size where, growing
-with the square of the views as so far, it would not fit in the memory that is available.
+Every measurement runs in its own process, and each round measures all contenders. Time is the median over rounds;
+memory is the largest growth of the resident set beyond the inputs. A contender is skipped at a size that would not fit
+the available memory if its need grows with the square of the number of views.
 Writes scripts/results/bench_loss.csv and .png.
 """
 
 import csv
 import json
+import math
 import os
 import resource
 import statistics
@@ -39,12 +40,13 @@ def scclr() -> Function:
     return lambda z1, z2: loss(z1, z2).total
 
 
-def scclr_dense() -> Function:
-    from scclr.losses.pairs import dense_logsumexp
+def dense() -> Function:
+    """The formula with all similarities in memory, by automatic differentiation."""
 
     def total(z1: Tensor, z2: Tensor) -> Tensor:
-        repel = dense_logsumexp(torch.cat([z1, z2]) / TEMPERATURE**0.5, None, 2 * len(z1), None).mean()
-        return repel - (z1 * z2).sum(1).mean() / TEMPERATURE
+        z = torch.cat([z1, z2])
+        logits = (z @ z.T / TEMPERATURE).fill_diagonal_(-math.inf)
+        return logits.logsumexp(1).mean() - (z1 * z2).sum(1).mean() / TEMPERATURE
 
     return total
 
@@ -63,7 +65,7 @@ def pytorch_metric_learning() -> Function:
 
 
 def solo_learn() -> Function:
-    """Its formula: exponentials of all similarities, and masks of their size."""
+    """The formula of solo-learn: exponentials of all similarities, and masks of the same size."""
 
     def total(z1: Tensor, z2: Tensor) -> Tensor:
         z = torch.cat([z1, z2])
@@ -79,7 +81,7 @@ def solo_learn() -> Function:
 
 CONTENDERS: dict[str, Callable[[], Function]] = {
     "scclr": scclr,
-    "scclr, dense": scclr_dense,
+    "dense formula": dense,
     "lightly": lightly,
     "pytorch-metric-learning": pytorch_metric_learning,
     "solo-learn's formula": solo_learn,
@@ -87,13 +89,13 @@ CONTENDERS: dict[str, Callable[[], Function]] = {
 
 
 def measure(name: str, views: int) -> dict[str, Any]:
-    """Seconds of one forward and backward pass, MiB beyond the inputs, and the loss, in this process."""
+    """Seconds and MiB beyond the inputs of one forward and backward pass in this process, and the loss."""
     function = CONTENDERS[name]()
     torch.manual_seed(0)
     small, large = (
         [F.normalize(torch.randn(n // 2, WIDTH), dim=1).requires_grad_() for _ in range(2)] for n in (64, views)
     )
-    function(*small).backward()  # what a first call loads is not the size's cost
+    function(*small).backward()  # loads what a first call needs, which does not depend on the size
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times: list[float] = []
     while not times or sum(times) < SECONDS:
@@ -113,16 +115,16 @@ def available_mib() -> float:
 
 
 def compare(sizes: list[int]) -> list[dict[str, Any]]:
-    """A row per contender and size, as measured in processes of their own."""
+    """One row per contender and size, each measured in its own processes."""
     rows: list[dict[str, Any]] = []
-    largest: dict[str, dict[str, Any]] = {}  # a contender's last row, from which its need is foreseen
+    largest: dict[str, dict[str, Any]] = {}  # the last row of each contender, which predicts the memory it needs
     for views in sizes:
         running = []
         for name in CONTENDERS:
             last = largest.get(name)
             need = 0.0 if last is None else last["extra_mib"] * (views / last["views"]) ** 2
             if need > 0.8 * available_mib():
-                print(f"{name:<24} {views:>6}  skipped: about {need / 1024:.0f} GiB do not fit")
+                print(f"{name:<24} {views:>6}  skipped: about {need / 1024:.0f} GiB would not fit")
             else:
                 running.append(name)
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in running}

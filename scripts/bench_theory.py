@@ -1,6 +1,6 @@
-"""Seconds and memory of the theory stage, without the encoder: bias, collapse, objective, bounds, correlations. Linux.
+"""Time and memory of the theory, without the encoder: bias, collapse, objective, bounds, correlations. Linux only.
 
-    python scripts/bench_theory.py [IMAGES VIEWS DIMENSIONS]      by default 10000 4 128
+    python scripts/bench_theory.py [IMAGES VIEWS DIMENSIONS]      default: 10000 4 128
 
 Embeddings of ten random classes stand in for z and h. Memory is the largest growth of the resident set beyond them.
 """
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 
 from scclr import theory
 
-TEMPERATURES = (0.1, 0.2, 0.5, 1.0, 2.0)  # conf/theory/default.yaml
+TEMPERATURES = (0.1, 0.2, 0.5, 1.0, 2.0)  # conf/train.yaml
 
 
 def resident() -> float:
+    """The largest resident set of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     labels = torch.randint(0, 10, (n,), generator=random)
     centres, images, views = (torch.randn(*shape, d, generator=random) for shape in ((10, 1), (n, 1), (n, m)))
     z = F.normalize(centres[labels] + images + views / 2, dim=2)
-    theory.prototype_bias(z[:100], labels[:100])  # what a first call loads is not the size's cost
+    theory.prototype_bias(z[:100], labels[:100])  # what the first call loads does not depend on the size
     before = resident()
     pieces: dict[str, Callable[[], Any]] = {
         "prototype_bias, z": lambda: theory.prototype_bias(z, labels),

@@ -18,19 +18,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image
 
 from scclr.components import make_loss, make_model, pick_device
-from scclr.config import TrainConfig, build, conf_dir, resolve
+from scclr.config.build import build
+from scclr.config.compose import parse, plan
 from scclr.datasets import ImageSet
-from scclr.distributed import World
-from scclr.launch import keep_memory
-from scclr.preemption import Pace, Stop
-from scclr.pretrain import precision_of, pretrain
+from scclr.pretrain.loop import precision_dtype, pretrain
+from scclr.pretrain.state import TrainState
+from scclr.run.checkpoint import Checkpoints
+from scclr.run.machine import keep_freed_memory
+from scclr.run.preemption import CheckpointSchedule, Stop
+from scclr.run.tracking import Log
 
 ROUNDS, SECONDS = 7, 2  # a round of the bare model takes about this long
 SIZES = {"digits": 8, "fashion_mnist": 28, "mnist": 28, "cifar10": 32, "cifar100": 32, "svhn": 32, "stl10": 96}
@@ -69,8 +71,7 @@ class Pictures(Dataset):
 
 def compare(name: str, size: int | None, overrides: list[str]) -> list[dict[str, Any]]:
     """A row for each contender: pairs per second, median and range over rounds."""
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config: TrainConfig = resolve(hydra.compose("train", overrides=overrides))
+    config = plan(parse(overrides)).points[0].config
     device, options = pick_device(config.device), config.pretrain
     source, dataset = build("dataset", config.dataset), config.dataset["_target_"].split(".")[-2]
     size = size or SIZES.get(dataset) or source.image_size
@@ -78,11 +79,12 @@ def compare(name: str, size: int | None, overrides: list[str]) -> list[dict[str,
     loss, augment = make_loss(config, classes=10), build("augment", config.augment)
     optimizer = build("optimizer", config.optimizer, model=model, batch_size=options.batch_size)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    dtype = precision_of(device, options.precision)
+    dtype = precision_dtype(device, options.precision)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    options.epochs, options.warmup_epochs, options.knn_every = 1, 0, 0
+    options.epochs, options.warmup, options.knn_every = 1, 0.0, 0
     model.to(memory_format=layout)
-    never = Pace(steps=None, seconds=None, total=-1, stop=Stop())
+    never = CheckpointSchedule(steps=None, seconds=None, total=-1, stop=Stop())
+    checkpoints = Checkpoints(Path(), never, {})
     batch = torch.randint(0, 256, (options.batch_size, len(source.mean), size, size), dtype=torch.uint8)
     views = augment(batch.to(device), seed=0, step=0).contiguous(memory_format=layout)
     direction = torch.randn(len(views), config.projector.out_dim, device=device)
@@ -106,10 +108,10 @@ def compare(name: str, size: int | None, overrides: list[str]) -> list[dict[str,
     data = ImageSet(images, torch.zeros(len(images), dtype=torch.int64)).to(device)
 
     def scclr(steps: int) -> None:
+        state = TrainState(model, loss, optimizer, scaler)
         pretrain(
-            model, loss, augment, optimizer, scaler, data, options,
-            seed=0, start=0, world=World(), alpha=None, pace=never,
-            log=lambda step, row: None, save=lambda step, window: None, knn=lambda: 0.0,
+            state, data, augment, options,
+            seed=0, alpha=None, checkpoints=checkpoints, log=Log(), validate=lambda: 0.0,
         )  # fmt: skip
 
     from lightly.loss import NTXentLoss
@@ -157,7 +159,7 @@ def compare(name: str, size: int | None, overrides: list[str]) -> list[dict[str,
 
 
 def main() -> None:
-    keep_memory()  # for all of them, as scclr train does
+    keep_freed_memory()  # for all of them, as scclr train does
     settings = {" ".join(sys.argv[1:]): (None, sys.argv[1:])} if sys.argv[1:] else SETTINGS
     rows = [row for name, setting in settings.items() for row in compare(name, *setting)]
     if not sys.argv[1:]:

@@ -1,12 +1,15 @@
-"""Does alpha trade attraction for repulsion, one way only? Judges the runs of conf/experiment/balance.yaml.
+"""Does alpha trade attraction for repulsion, in one direction only? Judges the runs of conf/experiment/balance.yaml.
 
-    python scripts/judge_balance.py RUNS      RUNS: folder of the runs
+    scclr train -m experiment=balance alpha=0.2,0.35,0.5,0.6,0.7,0.8,0.9 seed=0,1,2      21 runs of 10 s on one core
+    python scripts/judge_balance.py runs/balance
 
-V_aug = 1 - E <F, F'> should fall with alpha, and the repulsion tau E log E exp(<F, F°> / tau) of the training's
-temperature rise. It holds if both rank correlations with alpha, over the runs that have not collapsed (|mu|^2 <= 0.9),
-are at least 0.9 in size, and no two neighbouring alphas are in the wrong order by more than two standard errors over
-seeds.
-Writes scripts/results/balance.csv, a row per run, and balance.png.
+The prediction: with alpha, V_aug = 1 - E <F, F'> falls, and the repulsion tau E log E exp(<F, F°> / tau) at the
+training's temperature rises. At exact minimizers this is so without exception.
+
+The criterion: over the runs that have not collapsed (|mu|^2 <= 0.9), both rank correlations with alpha are at least 0.9
+in absolute value, and no two neighbouring alphas are in the wrong order by more than two standard errors over seeds.
+
+Writes scripts/results/balance.csv, with one row per run, and balance.png.
 """
 
 import csv
@@ -21,12 +24,12 @@ from typing import Any
 from scipy.stats import spearmanr
 
 RESULTS = Path(__file__).parent / "results"
-COLLAPSED, LEAST = 0.9, 0.9
-SIGNS = {"v_aug": -1, "repel": 1}  # how each should go with alpha
+COLLAPSED, LEAST_CORRELATION = 0.9, 0.9
+SIGNS = {"v_aug": -1, "repel": 1}  # the predicted sign of the correlation with alpha
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """A row per finished run."""
+    """One row for each finished run."""
     rows = []
     for path in sorted(folder.glob("*/theory.json")):
         theory = json.loads(path.read_text())
@@ -54,7 +57,7 @@ def report(rows: list[dict[str, Any]]) -> None:
             error = math.sqrt(sum(statistics.variance(x) / len(x) for x in (a, b) if len(x) > 1))
             if sign * (statistics.mean(b) - statistics.mean(a)) < -2 * error:
                 reversals.append(f"{low:g} to {high:g}")
-        verdict = "HOLDS" if sign * rho >= LEAST and not reversals else "FAILS"
+        verdict = "HOLDS" if sign * rho >= LEAST_CORRELATION and not reversals else "FAILS"
         print(f"{name} by alpha: {means}")
         print(f"  rank correlation {rho:+.3f}, reversals: {', '.join(reversals) or 'none'}: {verdict}")
 
@@ -66,14 +69,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained")
-    labels = {"v_aug": "V_aug, between views", "repel": "repulsion", "b2": "B2 and S_B"}
+    labels = {"v_aug": "V_aug, variance between views", "repel": "repulsion", "b2": "B2 and S_B"}
     for axis, (name, label) in zip(axes, labels.items(), strict=True):
         for key, colour in ((name, "C0"), *((("s_b", "C1"),) if name == "b2" else ())):
-            for fine in (True, False):
-                part = [row for row in rows if (row["mean_norm2"] <= COLLAPSED) == fine]
+            for kept in (True, False):
+                part = [row for row in rows if (row["mean_norm2"] <= COLLAPSED) == kept]
                 points = [row["alpha"] for row in part], [row[key] for row in part]
-                text = {"b2": "B2", "s_b": "S_B"}.get(key) if fine else "collapsed" if key == "v_aug" else None
-                axis.plot(*points, "o" if fine else "x", color=colour, markersize=4, label=text)
+                text = {"b2": "B2", "s_b": "S_B"}.get(key) if kept else "collapsed" if key == "v_aug" else None
+                axis.plot(*points, "o" if kept else "x", color=colour, markersize=4, label=text)
         axis.set(xlabel="alpha", ylabel=label)
     for axis in (axes[0], axes[2]):
         axis.legend(frameon=False, fontsize=8)

@@ -1,11 +1,11 @@
-"""How large the tensors are that a computation makes."""
+"""The size of the largest tensor that a computation makes."""
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor, in elements, that any operation returned."""
+    """Records the number of elements of the largest tensor that any operation returned."""
 
     def __init__(self) -> None:
         super().__init__()

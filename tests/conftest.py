@@ -1,4 +1,4 @@
-"""Runs of the command line in this process, in a folder of their own."""
+"""Runs of the command line in this process, in a folder of their own, and the parts of a small run."""
 
 import json
 import os
@@ -8,6 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+
+from scclr.augment import Augment
+from scclr.components import make_loss, make_model
+from scclr.config.build import build
+from scclr.config.compose import parse, plan
+from scclr.config.schema import TrainConfig
+from scclr.datasets import ImageSet
+from scclr.pretrain.state import TrainState
 
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.pop("HYDRA_FULL_ERROR", None)
@@ -21,7 +29,7 @@ TINY = [
     "projector.out_dim=16",
     "pretrain.epochs=2",
     "pretrain.batch_size=64",
-    "pretrain.warmup_epochs=1",
+    "pretrain.warmup=0.5",
     "pretrain.log_every=2",
     "pretrain.knn_every=1",
     "probe.l2=[0.01,0.1]",
@@ -51,6 +59,27 @@ def scclr(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
             GlobalHydra.instance().clear()
 
     return run
+
+
+def compose(*overrides: str) -> TrainConfig:
+    """The configuration of a command line."""
+    (point,) = plan(parse(overrides)).points
+    return point.config
+
+
+def training(config: TrainConfig, channels: int = 1) -> tuple[TrainState, Augment]:
+    """The state before the first step, and the augmentation."""
+    torch.manual_seed(config.seed)
+    model = make_model(config, [0.5] * channels, [0.25] * channels, image_size=32)
+    optimizer = build("optimizer", config.optimizer, model=model, batch_size=config.pretrain.batch_size)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return TrainState(model, make_loss(config, classes=10), optimizer, scaler), build("augment", config.augment)
+
+
+def noise(n: int, channels: int = 1) -> ImageSet:
+    """``n`` random images of 8 x 8 pixels, all of class 0."""
+    images = torch.randint(0, 256, (n, channels, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return ImageSet(images, torch.zeros(n, dtype=torch.int64))
 
 
 def run_folders(folder: Path) -> list[Path]:

@@ -1,96 +1,167 @@
-"""Every file of conf/ composes, builds and is read to the last key; what nobody reads is refused."""
+"""Every file of conf/ composes, builds and is read to the last key; what nobody reads is refused; what a run is."""
 
-from dataclasses import asdict
+import re
+import shlex
+from dataclasses import asdict, field, make_dataclass
 from pathlib import Path
 
-import hydra
 import pytest
+from conftest import compose
 from omegaconf import OmegaConf
 
-from scclr.components import check
-from scclr.config import COMPONENTS, TrainConfig, UserError, adopt, build, conf_dir, resolve
+import scclr
+from scclr.components import check, prepare
+from scclr.config import resolve as resolving
+from scclr.config.build import build
+from scclr.config.compose import conf_dir, parse, plan
+from scclr.config.errors import UserError
+from scclr.config.resolve import adopt, essence, identify
+from scclr.config.schema import COMPONENTS, TrainConfig
 
-FILES = sorted(conf_dir().glob("*/*.yaml"))
-SHARED = {"__init__", "anchors", "cache", "decode", "files", "longtail", "pairs", "reading"}  # not components
-
-
-def compose(*overrides: str) -> TrainConfig:
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return resolve(hydra.compose("train", overrides=list(overrides)))
+FILES = sorted(path for path in conf_dir().glob("*/*.yaml") if not path.stem.startswith("_"))
+ROOT = Path(scclr.__file__).parent
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_file_composes_and_builds(path: Path, folder: Path) -> None:
     group, stem = path.parent.name, path.stem
-    override = f"{'+' if group == 'experiment' else ''}{group}={stem}"
-    extra = ["dataset.root=."] if stem == "imagefolder" else []
-    config = compose(override, *extra)
+    config = compose(f"{group}={stem}", *(["dataset.root=."] if stem == "imagefolder" else []))
     check(config)
-    if group in COMPONENTS and group not in ("augment", "optimizer"):
+    if group in ("dataset", "encoder", "loss"):
         module = getattr(config, group)["_target_"].split(".")[-2]
         assert module == stem or (group != "loss" and stem.startswith(module)), "file stem = YAML stem"
-
-
-def test_every_component_file_is_named_by_a_yaml() -> None:
-    package = Path(build.__code__.co_filename).parent
-    for group, folder_name in {"dataset": "datasets", "encoder": "encoders", "loss": "losses"}.items():
-        nodes = [OmegaConf.load(p) for p in (conf_dir() / group).glob("*.yaml")]
-        named = {node.get(group, node).get("_target_") for node in nodes} - {None}  # which vary another
-        stems = {target.split(".")[-2] for target in named}
-        files = {p.stem for p in (package / folder_name).glob("*.py")} - SHARED
-        assert stems == files
-
-
-def test_defaults_are_the_promised_ones() -> None:
-    config = compose()
-    assert (config.loss_name, config.alpha, config.dataset["_target_"]) == (
-        "balanced",
-        0.5,
-        "scclr.datasets.digits.Digits",
-    )
+        assert (ROOT / ("losses" if group == "loss" else f"{group}s") / f"{module}.py").exists()
 
 
 def test_alpha_is_never_ignored() -> None:
-    assert compose("loss=ntxent").alpha is None
+    assert (compose().alpha, compose().loss["alpha"], compose("loss=ntxent").alpha) == (0.5, 0.5, None)
     assert compose("alpha=0.3").loss["alpha"] == 0.3
     with pytest.raises(UserError, match=r"loss=ntxent has no balance.*type loss=balanced alpha=0.5"):
         compose("loss=ntxent", "alpha=0.5")
-    with pytest.raises(UserError, match=r"type alpha=0\.5"):
-        compose("alpha=null")
     with pytest.raises(UserError, match="follows the root value"):
         compose("loss.alpha=0.3")
 
 
+def test_any_text_is_a_name_and_a_preset_names_its_folder() -> None:
+    assert compose().name == "default"
+    assert compose("experiment=balance").name == "balance"
+    assert compose("experiment=balance", "name=mine").name == "mine"
+    for name in ("2025", "true", "1.0", "null-ish", "007"):
+        assert compose(f"name={name}").name == name
+    points = plan(parse(["-m", "experiment=balance,collapse_weak", "name=null,1e3"])).points
+    assert [point.config.name for point in points] == ["balance", "1e3", "collapse_weak", "1e3"]
+    assert points[2].config.augment["crop_scale"] == [0.8, 1.0]
+
+
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("words", "found"),
     [
-        ("+typo=1", "typo: no such key"),
-        ("+pretrain.epoch=1", r"pretrain\.epoch: no such key; did you mean epochs"),
-        ("pretrain.warmup_epochs=101", "at most pretrain.epochs=100"),
-        ("pretrain.batch_size=1", "at least 2"),
-        ("seed=-1", "seed=-1"),
-        ("stages=[probe,pretrain]", "in this order"),
-        ("stages=[probe]", "init_from"),
+        ("alpha=range(0.1,0.35,0.1)", [0.1, 0.2, 0.3]),
+        ("alpha=choice(0.2,0.7)", [0.2, 0.7]),
+        ("alpha=0.3,0.6", [0.3, 0.6]),
     ],
 )
-def test_values_are_checked(override: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        compose(override)
+def test_sweeps_are_hydras(words: str, found: list[float]) -> None:
+    assert [point.config.alpha for point in plan(parse(["-m", words])).points] == found
 
 
-def test_identity_is_the_configuration() -> None:
-    base = compose()
-    assert base.directory == compose("alpha=0.50", "seed=0").directory
-    for same in ("device=cpu", "tracking.mode=disabled", "overwrite=true"):
-        assert base.directory == compose(same).directory
+def test_a_glob_sweeps_over_files() -> None:
+    points = plan(parse(["-m", "loss=glob(n*)"])).points
+    assert [point.config.loss_name for point in points] == ["nscl", "ntxent"]
+
+
+def test_flags_may_stand_anywhere_and_change_check_and_job_alike(folder: Path) -> None:
+    (folder / "mine" / "loss").mkdir(parents=True)
+    (folder / "mine" / "experiment").mkdir()
+    swept = "# @package _global_\nhydra:\n  sweeper:\n    params:\n      alpha: 0.1,0.9\n"
+    (folder / "mine" / "experiment" / "grid.yaml").write_text(swept)
+    text = (conf_dir() / "loss" / "balanced.yaml").read_text().replace("0.5 # Lee", "0.07 # Lee")
+    (folder / "mine" / "loss" / "sharp.yaml").write_text(text)
+    command = parse(["loss=sharp", "--config-dir", "mine", "-m", "seed=0,1"])
+    assert command.argv == ["--multirun", "--config-dir", "mine", "loss=sharp", "seed=0,1"]
+    assert [point.config.loss["temperature"] for point in plan(command).points] == [0.07, 0.07]
+    points = plan(parse(["-m", "experiment=grid", "-cd", "mine"])).points
+    assert [(point.config.alpha, point.config.name) for point in points] == [(0.1, "grid"), (0.9, "grid")]
+    assert compose("hydra.searchpath=[file://mine]", "loss=sharp").loss["temperature"] == 0.07
+    for argv in (["--config-dir"], ["--bogus"], ["--config-dir", "nowhere"]):
+        with pytest.raises(UserError, match=r"--config-dir|--bogus"):
+            plan(parse(argv))
+
+
+# What a run is --------------------------------------------------------------------------------------------------------
+
+
+def folder_of(*words: str, data: str = "") -> Path:
+    return identify(compose(*words), data).directory
+
+
+def test_the_same_configuration_has_the_same_folder() -> None:
+    base = folder_of()
+    for same in (
+        "alpha=0.50",
+        "seed=0",
+        "device=cpu",
+        "tracking.mode=online",
+        "overwrite=true",
+        "loss.temperature=5e-1",
+    ):
+        assert folder_of(same) == base, same
     for other in ("alpha=0.51", "seed=1", "pretrain.epochs=99", "dataset.limit=500", "augment=none", "probe.knn_k=5"):
-        assert base.directory != compose(other).directory, other
-    assert base.group == compose("seed=7").group != compose("alpha=0.4").group
-    assert base.directory.name.startswith("balanced-alpha0.5-seed0-")
-    assert compose("loss=ntxent").directory.name.startswith("ntxent-seed0-")
+        assert folder_of(other) != base, other
+    assert folder_of(data="other images") != base
+    group = identify(compose("seed=7"), "").group
+    assert identify(compose(), "").group == group != identify(compose("alpha=0.4"), "").group
+    assert base.name.startswith("balanced-alpha0.5-seed0-")
+    assert folder_of("loss=ntxent").name.startswith("ntxent-seed0-")
+    assert folder_of("alpha_schedule=linear", "alpha_end=0.7").name.startswith("balanced-alpha0.5to0.7-seed0-")
 
 
-def test_the_theory_may_look_through_another_augmentation() -> None:
+# If one of these changes, every finished run is done again: a new key needs a default in the schema or in the
+# constructor's signature, and a default must never change.
+GOLDEN = {
+    "": "00000000",
+    "loss=ntxent loss.temperature=0.2 seed=3": "00000000",
+    "experiment=fashion_mnist_cpu alpha=0.4": "00000000",
+    "experiment=cifar10_resnet18 optimizer=lars": "00000000",
+    "dataset=imagenet dataset.cache=there loss=supcon stages=[pretrain,probe,theory]": "00000000",
+}
+
+
+@pytest.mark.parametrize("line", GOLDEN)
+def test_the_hash_of_a_run_does_not_change(line: str) -> None:
+    assert folder_of(*shlex.split(line)).name[-8:] == GOLDEN[line]
+
+
+def test_a_new_key_with_a_default_changes_no_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, before = asdict(compose()), essence(asdict(compose()))
+    longer = make_dataclass("TrainConfig", [("clip", float, field(default=0.0))], bases=(TrainConfig,))
+    monkeypatch.setattr(resolving, "TrainConfig", longer)
+    assert essence({**config, "clip": 0.0}) == before
+    assert essence({**config, "clip": 1.0}) == {**before, "clip": 1.0}
+
+
+def test_where_files_lie_is_not_part_of_the_identity() -> None:
+    a, b = (folder_of("dataset=cifar10", f"dataset.root={root}") for root in ("x", "y"))
+    assert a == b
+    a, b, c = (
+        folder_of("dataset=imagenet", *words)
+        for words in (["dataset.cache=x"], ["dataset.cache=y", "dataset.workers=3"], [])
+    )
+    assert a == b != c
+
+
+def test_two_folders_of_images_are_two_runs(folder: Path) -> None:
+    from image_files import write_photographs
+
+    for name, size in (("a", (20, 20)), ("b", (22, 22)), ("c", (20, 20))):
+        write_photographs(folder / name, per_class=8, size=size)
+    words = ["dataset=imagefolder", "dataset.image_size=8", "augment=crop", "pretrain.batch_size=4"]
+    a, b, c = (prepare(compose(*words, f"dataset.root={root}"), [])[1] for root in "abc")
+    assert a.directory == c.directory != b.directory
+    assert a.group == c.group != b.group
+
+
+def test_the_theory_may_use_another_augmentation() -> None:
     run = asdict(compose("augment.rotation=20", "encoder.widths=[8]"))
 
     def augment(*typed: str) -> dict:
@@ -104,14 +175,34 @@ def test_the_theory_may_look_through_another_augmentation() -> None:
     assert augment("augment=none", "augment.flip=1") == compose("augment=none", "augment.flip=1").augment
 
 
-def test_data_root_is_not_part_of_the_identity() -> None:
-    a, b = (compose("dataset=cifar10", f"dataset.root={root}") for root in ("x", "y"))
-    assert a.directory == b.directory
-    a, b, c = (
-        compose("dataset=imagenet", *words)
-        for words in (["dataset.cache=x"], ["dataset.cache=y", "dataset.workers=3"], [])
-    )
-    assert a.directory == b.directory != c.directory
+def test_a_saved_configuration_is_plain_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    saved = asdict(compose())
+    saved["augment"]["_target_"] = "${oc.env:WANDB_API_KEY}"
+    with pytest.raises(UserError, match="holds an interpolation"):
+        adopt(compose("stages=[probe]", "init_from=x"), saved)
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def test_every_number_is_finite() -> None:
+    """For every float of the configuration, wherever it stands."""
+
+    def floats(node: object, key: str = "") -> list[str]:
+        if isinstance(node, dict):
+            return [found for name, value in node.items() for found in floats(value, f"{key}.{name}".strip("."))]
+        return [key] if isinstance(node, float) else []
+
+    found = {*floats(OmegaConf.to_container(OmegaConf.create(asdict(compose("dataset=cifar10_lt")))))}
+    assert {"optimizer.lr", "loss.temperature", "probe.knn_temperature"} <= found
+    for key in {*found, "augment.rotation", "augment.blur", "dataset.imbalance", "alpha"} - {"loss.alpha"}:
+        for value in ("nan", "inf"):
+            with pytest.raises(UserError, match=rf"{key.split('.')[-1]}=|{key}"):
+                check(compose("dataset=cifar10_lt", f"{key}={value}"))
+    for words in ("probe.l2=[0.1,inf]", "theory.temperatures=[inf]", "augment.crop_scale=[0.1,nan]"):
+        with pytest.raises(UserError):
+            check(compose(words))
 
 
 def test_build_runs_nothing_from_outside() -> None:
@@ -134,3 +225,19 @@ def test_build_runs_nothing_from_outside() -> None:
 def test_a_constructor_is_the_schema(node: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build("loss", {"_target_": "scclr.losses.balanced.BalancedLoss", **node})
+
+
+def test_every_command_line_of_the_readme_composes(folder: Path) -> None:
+    text = (ROOT.parent / "README.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"(?:`| {4})(scclr train [^`\n#]*)", text)
+    lines = [line for line in lines if "<" not in line and "..." not in line]  # no placeholders
+    assert len(lines) > 8
+    for line in lines:
+        words = [word for word in shlex.split(line)[2:] if "launcher" not in word]
+        for point in plan(parse(words)).points:
+            if point.config.nproc == 1:
+                check(point.config)
+
+
+def test_components_are_found_by_their_yaml() -> None:
+    assert set(COMPONENTS) <= {path.name for path in conf_dir().iterdir()}

@@ -1,8 +1,6 @@
-"""Every dataset, read from small files in its true on-disk format, written here; and what a broken file says."""
+"""Every published dataset, read from small files in its true format; how sets are split; what a broken file says."""
 
 import gzip
-import hashlib
-import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -10,52 +8,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from image_files import COLOUR, GREY, digits, image_bytes, image_folder, md5, truncate, write_cifar, write_image
 from scipy.io import savemat
 
-from scclr.config import UserError
-from scclr.datasets import Source, with_channels
+from scclr.config.errors import UserError
+from scclr.datasets import ImageSet, Parts, Source
 from scclr.datasets.cifar10 import CIFAR10
 from scclr.datasets.cifar100 import CIFAR100
-from scclr.datasets.digits import Digits
 from scclr.datasets.fashion_mnist import FashionMNIST
-from scclr.datasets.imagefolder import ImageFolder
 from scclr.datasets.mnist import MNIST
 from scclr.datasets.stl10 import STL10
 from scclr.datasets.svhn import SVHN
 
-GREY = {"mean": [0.3], "std": [0.4]}
-COLOUR = {"mean": [0.5] * 3, "std": [0.2] * 3}
-COMMON = {"limit": None, "classes": None, "validation": 0.25, "split_seed": 0}
 random = np.random.default_rng(0)
 
 
-def digits(**changes: object) -> Digits:
-    return Digits(**{**COMMON, **GREY, "test": 0.25, **changes})  # type: ignore[arg-type]
-
-
-def md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-# ---------------------------------------------------------------- splitting
+# Splitting ------------------------------------------------------------------------------------------------------------
 
 
 def test_splits_are_disjoint_stratified_and_seeded() -> None:
     splits, same, other = digits().load(), digits().load(), digits(split_seed=1).load()
-    sizes = [len(part) for part in (splits.train, splits.validation, splits.test)]
-    assert sum(sizes) == 1797
+    parts = (splits.train, splits.validation, splits.test)
+    assert sum(map(len, parts)) == len(set.union(*map(image_bytes, parts))) == 1797
     assert splits.pretrain is splits.train
-    # images are distinguishable, so disjointness shows in their bytes
-    keys = [
-        {image.numpy().tobytes() for image in part.images} for part in (splits.train, splits.validation, splits.test)
-    ]
-    assert sum(map(len, keys)) == len(set.union(*keys))
-    for part in (splits.train, splits.validation, splits.test):
+    for part in parts:
         share = torch.bincount(part.labels).double() / len(part)
         assert (share - 0.1).abs().max() < 0.01
     assert torch.equal(splits.test.images, same.test.images)
-    assert not torch.equal(splits.test.images[:100], other.test.images[:100])
+    assert image_bytes(splits.test) != image_bytes(other.test)
 
 
 def test_digits_are_scikit_learns() -> None:
@@ -77,12 +57,15 @@ def test_classes_are_renumbered_in_the_given_order() -> None:
     some, full = digits(classes=[7, 2]).load(), digits().load()
     assert some.classes == ("7", "2")
     assert set(some.train.labels.tolist()) == {0, 1}
-    sevens = {
-        image.numpy().tobytes()
-        for part in (full.train, full.validation, full.test)
-        for image in part.images[part.labels == 7]
-    }
-    assert all(image.numpy().tobytes() in sevens for image in some.test.images[some.test.labels == 0])
+    sevens = [image_bytes(part[part.labels == 7]) for part in (full.train, full.validation, full.test)]
+    assert image_bytes(some.test[some.test.labels == 0]) <= set.union(*sevens)
+
+
+def test_a_subset_holds_every_pixel_once() -> None:
+    splits = digits(test=0.2).load()
+    parts = (splits.pretrain, splits.train, splits.validation, splits.test)
+    storages = [part.images.untyped_storage() for part in parts]
+    assert sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) == 1797 * 64
 
 
 @pytest.mark.parametrize(
@@ -91,9 +74,16 @@ def test_classes_are_renumbered_in_the_given_order() -> None:
         ({"limit": 0}, "limit=0"),
         ({"classes": [1]}, "two or more"),
         ({"classes": [1, 1]}, "different labels"),
-        ({"validation": 1.0}, "between 0 and 1"),
+        ({"validation": 1.0}, "validation=1.0: give a share between 0 and 1"),
+        ({"test": float("nan")}, "test=nan: give a share between 0 and 1"),
+        ({"split_seed": -1}, "split_seed=-1: give a number from 0"),
         ({"std": [0.0]}, "std positive"),
+        ({"std": [float("nan")]}, "std positive"),
+        ({"mean": [float("inf")]}, "mean from 0 to 1"),
+        ({"mean": [0.3, 0.3]}, "one of each per channel"),
         ({"imbalance": 0.5}, "imbalance=0.5"),
+        ({"imbalance": float("nan")}, "imbalance=nan"),
+        ({"imbalance": float("inf")}, "imbalance=inf"),
         ({"imbalance_profile": "linear"}, "exponential or step"),
     ],
 )
@@ -110,6 +100,7 @@ def test_bad_arguments(changes: dict, message: str) -> None:
         ({"test": None}, "no test split"),
         ({"validation": None}, "no validation split"),
         ({"imbalance": 200}, "leaves no image of class 9: give at most 9"),
+        ({"mean": [0.3] * 3, "std": [0.4] * 3}, r"dataset\.mean=.*the images have 1 channels"),
     ],
 )
 def test_impossible_subsets(changes: dict, message: str) -> None:
@@ -117,14 +108,35 @@ def test_impossible_subsets(changes: dict, message: str) -> None:
         digits(**changes).load()
 
 
-def test_channels_follow_the_encoder() -> None:
-    grey = torch.arange(4, dtype=torch.uint8).view(1, 1, 2, 2)
-    colour = with_channels(grey, 3)
-    assert colour.shape == (1, 3, 2, 2)
-    assert torch.equal(with_channels(colour, 1), grey)
+class Noise(Source):
+    """A dataset that somebody adds without a digest of its own."""
+
+    root: str = "data"
+    names = ("only",)
+
+    def read(self) -> Parts:
+        return Parts(ImageSet(torch.zeros(8, 1, 2, 2, dtype=torch.uint8), torch.zeros(8).long()), None, self.names)
 
 
-# ---------------------------------------------------------------- MNIST, Fashion-MNIST: idx files
+def test_one_class_is_refused_in_any_dataset() -> None:
+    with pytest.raises(UserError, match=r"1 class: give dataset\.root=<a folder with one folder for each class>"):
+        Noise(**GREY, test=0.5).load()
+
+
+def test_the_digest_of_other_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published data is known by its name; other data by its folder, unless the dataset can tell more."""
+    published = [digits(), MNIST(**GREY, root="nowhere"), CIFAR100(**COLOUR, root="nowhere")]
+    assert [source.digest() for source in published] == ["", "", ""]
+    source = Noise(**GREY)
+    first = source.digest()
+    assert len(first) == 16
+    monkeypatch.chdir(tmp_path)
+    assert source.digest() != first
+    monkeypatch.setattr(Noise, "root", None)
+    assert source.digest() == ""
+
+
+# MNIST, Fashion-MNIST: idx files --------------------------------------------------------------------------------------
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -142,8 +154,8 @@ def write_fashion(folder: Path, suffix: str) -> np.ndarray:
     return images
 
 
-def fashion(root: Path | None) -> FashionMNIST:
-    return FashionMNIST(**COMMON, **GREY, root=str(root) if root else None)  # type: ignore[arg-type]
+def fashion(root: Path) -> FashionMNIST:
+    return FashionMNIST(**GREY, root=str(root))
 
 
 @pytest.mark.parametrize(
@@ -160,16 +172,12 @@ def test_fashion_mnist(tmp_path: Path, below: str, suffix: str) -> None:
 
 def test_mnist(tmp_path: Path) -> None:
     images = write_fashion(tmp_path / "MNIST" / "raw", ".gz")
-    splits = MNIST(**COMMON, **GREY, root=str(tmp_path)).load()  # type: ignore[arg-type]
+    splits = MNIST(**GREY, root=str(tmp_path)).load()
     assert torch.equal(splits.test.images, torch.from_numpy(images[:20]).unsqueeze(1))
     assert splits.classes[3] == "3 - three"
     truncate(tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte.gz")
     with pytest.raises(UserError, match=r"train-labels-idx1-ubyte.*dataset\.root"):
-        MNIST(**COMMON, **GREY, root=str(tmp_path)).load()  # type: ignore[arg-type]
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-30])
+        MNIST(**GREY, root=str(tmp_path)).load()
 
 
 def flip(path: Path) -> None:
@@ -182,9 +190,8 @@ def flip(path: Path) -> None:
 def test_fashion_mnist_names_the_broken_file(tmp_path: Path, suffix: str, damage: Callable[[Path], None]) -> None:
     write_fashion(tmp_path, suffix)
     damage(tmp_path / f"t10k-images-idx3-ubyte{suffix}")
-    with pytest.raises(
-        UserError, match=r"t10k-images-idx3-ubyte.*apt-get install dataset-fashion-mnist.*dataset\.root"
-    ):
+    message = r"t10k-images-idx3-ubyte.*apt-get install dataset-fashion-mnist.*dataset\.root"
+    with pytest.raises(UserError, match=message):
         fashion(tmp_path).load()
 
 
@@ -195,43 +202,17 @@ def test_fashion_mnist_counts_labels(tmp_path: Path) -> None:
         fashion(tmp_path).load()
 
 
-# ---------------------------------------------------------------- CIFAR: pickled batches
-
-
-def write_cifar(root: Path, source: type[CIFAR10], monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """A small CIFAR with checksums of its own; returns the training pixels [N, 3, 32, 32]."""
-    reader = source.reader
-    folder, classes = root / reader.base_folder, 100 if source is CIFAR100 else 10
-    folder.mkdir(parents=True)
-    pixels = random.integers(0, 256, (5, 8 * classes // 10 * (10 if classes == 10 else 5), 3072), dtype=np.uint8)
-    label_key = "fine_labels" if classes == 100 else "labels"
-
-    def write(name: str, content: dict) -> tuple[str, str]:
-        with open(folder / name, "wb") as file:
-            pickle.dump(content, file)
-        return name, md5(folder / name)
-
-    def batch(i: int) -> dict:
-        return {"data": pixels[i], label_key: [k % classes for k in range(len(pixels[i]))]}
-
-    train = [write(name, batch(i)) for i, (name, _) in enumerate(reader.train_list)]
-    test = [write(name, batch(0)) for name, _ in reader.test_list]
-    names = [f"class {i}" for i in range(classes)]
-    name, digest = write(reader.meta["filename"], {reader.meta["key"]: names})
-    monkeypatch.setattr(reader, "train_list", [list(entry) for entry in train])
-    monkeypatch.setattr(reader, "test_list", [list(entry) for entry in test])
-    monkeypatch.setattr(reader, "meta", {**reader.meta, "filename": name, "md5": digest})
-    return pixels[: len(train)].reshape(-1, 3, 32, 32)
+# CIFAR: pickled batches -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", [CIFAR10, CIFAR100])
 def test_cifar(source: type[CIFAR10], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = write_cifar(tmp_path, source, monkeypatch)
-    dataset = source(**COMMON, **COLOUR, root=str(tmp_path))  # type: ignore[arg-type]
+    dataset = source(**COLOUR, root=str(tmp_path))
     train, test, names, unlabelled, validation = dataset.read()
+    assert test is not None
     assert torch.equal(train.images, torch.from_numpy(pixels))
     assert train.labels[:3].tolist() == [0, 1, 2]
-    assert test is not None
     assert torch.equal(test.images, train.images[: len(test)])
     assert names[1] == "class 1"
     assert unlabelled is validation is None
@@ -245,7 +226,7 @@ def test_cifar_names_the_broken_file(
     write_cifar(tmp_path, CIFAR10, monkeypatch)
     damage(tmp_path / "cifar-10-batches-py" / "data_batch_3")
     with pytest.raises(UserError, match=r"data_batch_3: .*delete .*cifar-10-batches-py to download it again"):
-        CIFAR10(**COMMON, **COLOUR, root=str(tmp_path)).load()  # type: ignore[arg-type]
+        CIFAR10(**COLOUR, root=str(tmp_path)).load()
 
 
 @pytest.mark.parametrize(("source", "base"), [(CIFAR10, "cifar-10-batches-py"), (STL10, "stl10_binary")])
@@ -255,11 +236,11 @@ def test_a_failed_download_leaves_nothing(
     for reader in ("CIFAR10", "STL10"):
         monkeypatch.setattr(f"torchvision.datasets.{reader}.url", "http://127.0.0.1:9/nothing.tar.gz")
     with pytest.raises(UserError, match=rf"dataset\.root=<the folder that holds {base}>, or a network"):
-        source(**COMMON, **COLOUR, root=str(tmp_path / "new")).load()  # type: ignore[arg-type]
+        source(**COLOUR, root=str(tmp_path / "new")).load()
     assert list(tmp_path.iterdir()) == []
 
 
-# ---------------------------------------------------------------- STL-10: raw binary
+# STL-10: raw binary ---------------------------------------------------------------------------------------------------
 
 
 def write_stl(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
@@ -280,24 +261,28 @@ def write_stl(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     return pixels
 
 
+def stl(root: Path, **changes: object) -> STL10:
+    return STL10(**{**COLOUR, "root": str(root), **changes})
+
+
 def test_stl10_pretrains_on_the_unlabelled_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = write_stl(tmp_path, monkeypatch)
-    splits = STL10(**COMMON, **COLOUR, root=str(tmp_path)).load()  # type: ignore[arg-type]
+    splits = stl(tmp_path).load()
     assert torch.equal(splits.pretrain.images, torch.from_numpy(pixels[:30]))
     assert set(splits.pretrain.labels.tolist()) == {-1}
     assert len(splits.train) + len(splits.validation) == 40
     assert splits.test.labels.tolist() == [i % 10 for i in range(20)]
-    assert len(STL10(**{**COMMON, "limit": 20, "validation": 0.5}, **COLOUR, root=str(tmp_path)).load().pretrain) == 20  # type: ignore[arg-type]
+    assert len(stl(tmp_path, limit=20, validation=0.5).load().pretrain) == 20
 
 
 def test_stl10_names_the_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_stl(tmp_path, monkeypatch)
     truncate(tmp_path / "stl10_binary" / "unlabeled_X.bin")
     with pytest.raises(UserError, match=r"unlabeled_X\.bin: truncated or corrupt"):
-        STL10(**COMMON, **COLOUR, root=str(tmp_path)).load()  # type: ignore[arg-type]
+        stl(tmp_path).load()
 
 
-# ---------------------------------------------------------------- SVHN: MATLAB files
+# SVHN: MATLAB files ---------------------------------------------------------------------------------------------------
 
 
 def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, labels: int = 40) -> np.ndarray:
@@ -314,7 +299,7 @@ def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, labels: int = 40) ->
 
 
 def svhn(root: Path) -> SVHN:
-    return SVHN(**COMMON, **COLOUR, root=str(root))  # type: ignore[arg-type]
+    return SVHN(**COLOUR, root=str(root))
 
 
 def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,49 +322,37 @@ def test_svhn_counts_labels_and_downloads(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "new").exists()
 
 
-# ---------------------------------------------------------------- a folder of images
+# A folder of images ---------------------------------------------------------------------------------------------------
 
 
-def write_tree(folder: Path, per_class: int) -> None:
-    for k, name in enumerate(("cat", "dog")):
-        (folder / name).mkdir(parents=True)
+def write_levels(folder: Path, per_class: int) -> None:
+    """Cats of the grey levels 0 to 99, dogs of 100 and above."""
+    for label, name in enumerate(("cat", "dog")):
         for i in range(per_class):
-            Image.fromarray(np.full((20 + i, 30, 3), 100 * k + i, np.uint8)).save(folder / name / f"{i}.png")
-
-
-def tree(root: Path, **changes: object) -> ImageFolder:
-    settings = {**COMMON, **COLOUR, "test": 0.25, "image_size": 16, "root": str(root), **changes}
-    return ImageFolder(**settings)  # type: ignore[arg-type]
+            write_image(folder / name / f"{i}.png", 100 * label + i, size=(30, 20 + i))
 
 
 def test_imagefolder_carves_a_test_split(tmp_path: Path) -> None:
-    write_tree(tmp_path, 16)
-    splits = tree(tmp_path).load()
+    write_levels(tmp_path, 16)
+    splits = image_folder(tmp_path, image_size=16, in_memory=True).load()
     assert splits.train.images.shape == (18, 3, 16, 16)
     assert (len(splits.validation), len(splits.test)) == (6, 8)
     assert splits.classes == ("cat", "dog")
-    assert set((splits.test.images.amax((1, 2, 3)) >= 100).tolist()) == {False, True}
+    assert splits.test.labels.bincount().tolist() == [4, 4]
     assert torch.equal(splits.test.images.amax((1, 2, 3)) >= 100, splits.test.labels == 1)
 
 
 def test_imagefolder_uses_a_test_folder(tmp_path: Path) -> None:
-    write_tree(tmp_path / "train", 8)
-    write_tree(tmp_path / "val", 3)
-    assert len(tree(tmp_path).load().test) == 6
+    write_levels(tmp_path / "train", 8)
+    write_levels(tmp_path / "val", 3)
+    assert len(image_folder(tmp_path).load().test) == 6
     (tmp_path / "val" / "cat").rename(tmp_path / "val" / "cow")
     with pytest.raises(UserError, match="class folders"):
-        tree(tmp_path).load()
+        image_folder(tmp_path).load()
 
 
-def test_imagefolder_names_the_broken_file(tmp_path: Path) -> None:
-    write_tree(tmp_path, 8)
-    (tmp_path / "dog" / "3.png").write_bytes(b"not an image")
-    with pytest.raises(UserError, match=r"dog/3\.png: .*replace or delete this file"):
-        tree(tmp_path).load()
-    with pytest.raises(ValueError, match="image_size=0"):
-        tree(tmp_path, image_size=0)
-
-
-def test_source_is_the_only_way_to_read() -> None:
-    with pytest.raises(TypeError, match="abstract"):
-        Source(**COMMON, **GREY)  # type: ignore[abstract, arg-type]
+def test_imagefolder_refuses_a_folder_one_level_too_high(tmp_path: Path) -> None:
+    write_levels(tmp_path / "photographs", 8)
+    with pytest.raises(UserError, match=r"1 class: give dataset\.root="):
+        image_folder(tmp_path, cache=str(tmp_path / "cache")).load()
+    assert not (tmp_path / "cache").exists()

@@ -3,8 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,38 +11,27 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import TINY, result_of, rows_of, run_folders
+from conftest import TINY, compose, result_of, rows_of, run_folders
 from torch import nn
 
-from scclr import theory
 from scclr.augment import Augment
-from scclr.checkpoint import GENERATIONS, load
-from scclr.config import build
-from scclr.distributed import World
+from scclr.components import make_loss
+from scclr.config.compose import conf_dir
+from scclr.config.errors import UserError
+from scclr.datasets.loader import Batch
 from scclr.encoders.convnet import ConvNet
-from scclr.loader import Batch
 from scclr.losses import Loss
-from scclr.pretrain import train_step
+from scclr.pretrain.loop import train_step
+from scclr.pretrain.state import TrainState
+from scclr.run import distributed
+from scclr.run.checkpoint import GENERATIONS, load
 
 ALPHAS = [0.0, 0.3, 0.5, 0.8, 1.0]
 IMAGES, CLASSES = 8, 3
-HYPER = {
-    "align_uniform": {"t": 2.0},
-    "balanced": {"temperature": 0.3},
-    "debiased": {"temperature": 0.5, "class_prior": 0.1},
-    "decoupled": {"temperature": 0.3},
-    "hard_negative": {"temperature": 0.5, "class_prior": 0.1, "hardness": 0.5},
-    "infonce": {"temperature": 0.3},
-    "nscl": {"temperature": 0.3},
-    "ntxent": {"temperature": 0.3},
-    "prototype": {"temperature": 0.3, "repulsion": "logsumexp", "momentum": 0.9},
-    "sigmoid": {"scale": 5.0, "bias": -2.0},
-    "spectral": {"mu": 2.0},
-    "supcon": {"temperature": 0.3},
-}
-VIEWS = {"views": [{}, {}], "size": None, "exact": False}
+LOSSES = sorted(path.stem for path in (conf_dir() / "loss").glob("*.yaml"))
 CROP = {"crop_scale": [0.5, 1.0], "crop_ratio": [0.75, 1.33], "flip": 0.5, "blur_sigma": [0.1, 2.0]}
 OFF = ("rotation", "jitter", "brightness", "contrast", "saturation", "hue", "grayscale", "blur", "solarize")
+AUGMENT = Augment(**CROP, **dict.fromkeys(OFF, 0.0), views=[{}, {}], size=None, exact=False)  # type: ignore[arg-type]
 
 
 class Network(nn.Module):
@@ -58,119 +45,6 @@ class Network(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         z = self.layers(images.double())
         return z, nn.functional.normalize(z, dim=1)
-
-
-def make(name: str, alpha: float) -> Loss:
-    stem = {"ntxent": "NTXent", "infonce": "InfoNCE", "nscl": "NSCL", "supcon": "SupCon"}.get(name)
-    target = f"scclr.losses.{name}.{stem or name.title().replace('_', '')}Loss"
-    balance = {} if name == "ntxent" else {"alpha": alpha}
-    loss: Loss = build("loss", {"_target_": target, **HYPER[name], **balance}, classes=CLASSES)
-    return loss
-
-
-def batch(world: World, times: int = 1) -> Batch:
-    draw = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (times * IMAGES, 1, 6, 6), dtype=torch.uint8, generator=draw)
-    return Batch(world.share(images), torch.tensor([0, 1, 2, 0, 1, 1, 2, 0]).repeat(times))
-
-
-def step(name: str, alpha: float, world: World, micro_batch: int | None = None) -> dict[str, torch.Tensor]:
-    """Terms summed over processes, and the gradients, of two steps (the second sees what ``update`` remembers)."""
-    model, loss = Network(), make(name, alpha)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    forward, found = world.replicate(model), {}
-    for number in range(2):
-        augment = Augment(**VIEWS, **CROP, **dict.fromkeys(OFF, 0.0))  # type: ignore[arg-type]
-        terms, z = train_step(
-            forward, loss, augment, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch(world),
-            seed=0, step=number, dtype=torch.float32, layout=torch.contiguous_format, world=world,
-            micro_batch=micro_batch,
-        )  # fmt: skip
-        found[f"{number} terms"] = world.sum(torch.stack(terms)) / world.size
-        found[f"{number} z"] = z
-        found |= {f"{number} {k}": p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
-    return found
-
-
-def measure(world: World, cut: int = 0) -> dict[str, torch.Tensor]:
-    """Every number of the theory, of ``cut`` images in one process and the rest in another."""
-    draw = torch.Generator().manual_seed(2)
-    z = nn.functional.normalize(torch.randn(20, 3, 5, dtype=torch.float64, generator=draw), dim=2)
-    labels = torch.tensor([0, 1, 2, 0, 1, 1, 2, 0, 1, 2, 0, 1, 2, 0, 2, 1, 3, 3, 3, 4])
-    if world.size > 1:
-        part = slice(0, cut) if world.leads else slice(cut, None)
-        z, labels = z[part], labels[part]
-    results = [
-        theory.prototype_bias(z, labels, world=world),
-        theory.supervised_objective(z, labels, 0.5, world=world),
-        *theory.bound(z, labels, [0.2, 1.0], 0.5, world=world),
-        theory.nscl_gap(z, labels, 0.3, world=world),
-    ]
-    numbers = [list(asdict(result).values()) for result in results]
-    found = {"numbers": torch.tensor(list(flat(numbers)), dtype=torch.float64)}
-    collapse = asdict(theory.collapse(z, labels, world=world))
-    return found | {"collapse": torch.tensor(list(flat(list(collapse.values()))), dtype=torch.float64)}
-
-
-def flat(x: Any) -> Iterator[float]:
-    for part in x.values() if isinstance(x, dict) else x:
-        yield from flat(part) if isinstance(part, (dict, list, tuple)) else [float(part)]
-
-
-def process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    world = World(rank, 2)
-    found: dict[Any, Any] = {(name, alpha): step(name, alpha, world) for name in HYPER for alpha in ALPHAS}
-    found["micro"] = step("balanced", 0.3, world, micro_batch=3)
-    found |= {("theory", cut): measure(world, cut) for cut in (0, 7)}
-    if rank == 0:
-        torch.save(found, f"{folder}/found.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    folder = tmp_path_factory.mktemp("two")
-    mp.spawn(process, (str(folder),), 2)  # type: ignore[no-untyped-call]
-    found: dict[Any, Any] = torch.load(folder / "found.pt")
-    return found
-
-
-def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_every_loss_is_covered() -> None:
-    from scclr.config import conf_dir
-
-    assert set(HYPER) == {path.stem for path in (conf_dir() / "loss").glob("*.yaml")}
-
-
-@pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize("name", HYPER)
-def test_two_processes_are_one(name: str, alpha: float, two: dict[Any, Any]) -> None:
-    close(two[name, alpha], step(name, alpha, World()), 1e-12)
-
-
-@pytest.mark.parametrize("micro_batch", [1, 3, 8, 100])
-@pytest.mark.parametrize("name", ["balanced", "prototype", "sigmoid", "supcon"])
-def test_parts_of_a_batch_are_the_whole(name: str, micro_batch: int) -> None:
-    close(step(name, 0.3, World(), micro_batch), step(name, 0.3, World()), 1e-12)
-
-
-def test_parts_in_two_processes_are_the_whole(two: dict[Any, Any]) -> None:
-    close(two["micro"], step("balanced", 0.3, World()), 1e-12)
-
-
-def test_the_theory_of_parts_is_that_of_the_whole(two: dict[Any, Any]) -> None:
-    whole = measure(World())
-    for cut in (0, 7):
-        for name in whole:
-            found = two["theory", cut][name]
-            torch.testing.assert_close(found, whole[name], rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
 class Convolutional(nn.Module):
@@ -189,45 +63,106 @@ class Convolutional(nn.Module):
         return z, nn.functional.normalize(z, dim=1)
 
 
-def thirty_steps(dtype: torch.dtype, world: World) -> dict[str, torch.Tensor]:
+def make(name: str, alpha: float) -> Loss:
+    config = compose(f"loss={name}")
+    if config.alpha is not None:
+        config.loss["alpha"] = config.alpha = alpha
+    return make_loss(config, CLASSES)
+
+
+def make_state(model: nn.Module, loss: Loss, **sgd: float) -> TrainState:
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return TrainState(model, loss, torch.optim.SGD(model.parameters(), **sgd), scaler)  # type: ignore[arg-type]
+
+
+def advance(state: TrainState, network: nn.Module, repeats: int = 1, micro_batch: int | None = None) -> Any:
+    """One step; (terms as means over processes, embeddings of all)."""
+    draw = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (repeats * IMAGES, 1, 6, 6), dtype=torch.uint8, generator=draw)
+    batch = Batch(distributed.shard(images), torch.tensor([0, 1, 2, 0, 1, 1, 2, 0]).repeat(repeats))
+    terms, z = train_step(
+        state, network, AUGMENT, batch,
+        seed=0, dtype=torch.float32, memory_format=torch.contiguous_format, micro_batch=micro_batch,
+    )  # fmt: skip
+    state.step += 1
+    return distributed.all_reduce_sum(torch.stack(terms)) / distributed.world_size(), z
+
+
+def two_steps(name: str, alpha: float, micro_batch: int | None = None) -> dict[str, torch.Tensor]:
+    """Terms, embeddings and gradients of two steps."""
+    state = make_state(Network(), make(name, alpha), lr=0.1)
+    network, found = distributed.replicate(state.model), {}
+    for number in range(2):
+        found[f"{number} terms"], found[f"{number} z"] = advance(state, network, micro_batch=micro_batch)
+        named = state.model.named_parameters()
+        found |= {f"{number} {k}": p.grad.clone() for k, p in named if p.grad is not None}
+    return found
+
+
+def thirty_steps(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The loss of every step, and weights and buffers after the last.
 
     GELU stands for ReLU, whose kink makes two trajectories of a difference in rounding.
     """
     with mock.patch.object(nn.functional, "relu", lambda x, inplace=False: nn.functional.gelu(x)):
-        return thirty_smooth_steps(dtype, world)
+        loss = make("balanced", 0.5)
+        state = make_state(Convolutional(dtype), loss, lr=0.02, momentum=0.9)  # above 0.05 rounding errors grow
+        network = distributed.replicate(state.model)
+        losses = [advance(state, network, repeats=8)[0] for _ in range(30)]
+    return {"losses": torch.stack(losses)} | {name: x.detach() for name, x in state.model.state_dict().items()}
 
 
-def thirty_smooth_steps(dtype: torch.dtype, world: World) -> dict[str, torch.Tensor]:
-    model, loss, losses = Convolutional(dtype), make("balanced", 0.5), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)  # above 0.05 rounding grows step by step
-    forward = world.replicate(model)
-    for number in range(30):
-        augment = Augment(**VIEWS, **CROP, **dict.fromkeys(OFF, 0.0))  # type: ignore[arg-type]
-        terms, _ = train_step(
-            forward, loss, augment, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch(world, 8),
-            seed=0, step=number, dtype=torch.float32, layout=torch.contiguous_format, world=world,
-        )  # fmt: skip
-        losses.append(world.sum(torch.stack(terms)) / world.size)
-    return {"losses": torch.stack(losses)} | {name: x.detach() for name, x in model.state_dict().items()}
-
-
-def thirty_steps_of(rank: int, size: int, folder: str) -> None:
+def process(rank: int, size: int, folder: str, long: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    found = {dtype: thirty_steps(dtype, World(rank, size)) for dtype in (torch.float32, torch.float64)}
+    found: dict[Any, Any] = {}
+    if long:
+        found = {dtype: thirty_steps(dtype) for dtype in (torch.float32, torch.float64)}
+    else:
+        found = {(name, alpha): two_steps(name, alpha) for name in LOSSES for alpha in ALPHAS}
+        found["micro"] = two_steps("balanced", 0.3, micro_batch=3)
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    folder = tmp_path_factory.mktemp("two")
+    mp.spawn(process, (2, str(folder), False), 2)  # type: ignore[no-untyped-call]
+    found: dict[Any, Any] = torch.load(folder / "found.pt")
+    return found
+
+
+def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_two_processes_are_one(name: str, alpha: float, two: dict[Any, Any]) -> None:
+    close(two[name, alpha], two_steps(name, alpha), 1e-12)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8, 100])
+@pytest.mark.parametrize("name", ["balanced", "prototype", "sigmoid", "supcon"])
+def test_parts_of_a_batch_are_the_whole(name: str, micro_batch: int) -> None:
+    close(two_steps(name, 0.3, micro_batch), two_steps(name, 0.3), 1e-12)
+
+
+def test_parts_in_two_processes_are_the_whole(two: dict[Any, Any]) -> None:
+    close(two["micro"], two_steps("balanced", 0.3), 1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_batch_norm_of_several_processes_is_that_of_one(size: int, folder: Path) -> None:
-    mp.spawn(thirty_steps_of, (size, str(folder)), size)  # type: ignore[no-untyped-call]
+    mp.spawn(process, (size, str(folder), True), size)  # type: ignore[no-untyped-call]
     found = torch.load(folder / "found.pt")
     for dtype, of_losses, of_weights in ((torch.float32, 1e-4, 1e-3), (torch.float64, 1e-9, 1e-9)):
-        one = thirty_steps(dtype, World())
+        one = thirty_steps(dtype)
         assert one["losses"][0, 0] > 1.2 * one["losses"][-1, 0], "it learns"
         losses = found[dtype].pop("losses")
         torch.testing.assert_close(losses, one["losses"], rtol=of_losses, atol=0)
@@ -250,6 +185,7 @@ def test_two_processes_train_one_model(folder: Path) -> None:
         done = subprocess.run([*command, f"runs={runs}"], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr
+        assert done.stdout.count("test accuracy") == 1
     kinds = ("one", "torchrun", "nproc")
     one, *others = (next((folder / runs / "default").glob("*/")) for runs in kinds)
     expected, weights = rows_of(one), load(one)
@@ -263,4 +199,16 @@ def test_two_processes_train_one_model(folder: Path) -> None:
         assert result_of(other)["metrics"] == pytest.approx(result_of(one)["metrics"], abs=0.01)
     refused = subprocess.run([*torchrun, *line, "-m", "seed=0,1"], env=environment, capture_output=True, text=True)
     assert "a sweep cannot run inside torchrun" in refused.stderr
+    wrong = [*plain, *line, "nproc=2", "dataset.imbalance=10000", "runs=wrong"]
+    refused = subprocess.run(wrong, env=environment, capture_output=True, text=True)
+    assert refused.stderr.count("\n") == 1, refused.stderr
+    assert "rank 0: dataset.imbalance=10000 leaves no image" in refused.stderr
     assert run_folders(folder) == []
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "two"}])
+def test_half_an_environment_of_torchrun_is_refused(variables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"WORLD_SIZE=.*start with torchrun, or unset WORLD_SIZE"):
+        distributed.launched_processes()

@@ -1,16 +1,14 @@
-"""ImageNet and what is drawn from it: trees and lists in their published layout, small, and what is missing in them."""
+"""ImageNet and its subsets: small trees and lists in their published layout, and what is said of missing parts."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_datasets import COLOUR, COMMON
+from image_files import COLOUR, write_image
 
-from scclr.config import UserError
+from scclr.config.errors import UserError
 from scclr.datasets import imagenet, imagenet_lt
 from scclr.datasets.files import Files
 from scclr.datasets.imagenet import ImageNet
@@ -19,20 +17,15 @@ from scclr.datasets.imagenet_lt import ImageNetLT
 from scclr.datasets.tiny_imagenet import TinyImageNet
 
 NAMES = [f"n{i:08d}" for i in range(3)]
-OPEN = {**COMMON, **COLOUR, "image_size": 8, "workers": 0}
-
-
-def write(path: Path, level: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((12, 10, 3), level, np.uint8)).save(path)
+OPEN = {**COLOUR, "image_size": 8, "workers": 0}
 
 
 def write_tree(root: Path, names: Sequence[str] = NAMES, train: int = 8, val: int = 2) -> None:
     for c, name in enumerate(names):
         for i in range(train):
-            write(root / "train" / name / f"{name}_{i}.JPEG", level=10 * c % 250)
+            write_image(root / "train" / name / f"{name}_{i}.JPEG", level=10 * c % 250)
         for i in range(val):
-            write(root / "val" / name / f"ILSVRC2012_val_{c * val + i:08d}.JPEG", level=10 * c % 250)
+            write_image(root / "val" / name / f"ILSVRC2012_val_{c * val + i:08d}.JPEG", level=10 * c % 250)
 
 
 @pytest.fixture
@@ -46,7 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def full(root: Path, source: type[ImageNet] = ImageNet, **changes: object) -> ImageNet:
-    return source(**{**OPEN, "root": str(root), "in_memory": False, **changes})  # type: ignore[arg-type]
+    return source(**{**OPEN, "root": str(root), "in_memory": False, **changes})
 
 
 def test_published_counts() -> None:
@@ -62,6 +55,7 @@ def test_imagenet(tmp_path: Path) -> None:
     write_tree(tmp_path)
     splits = full(tmp_path).load()
     assert splits.classes == tuple(NAMES)
+    assert full(tmp_path).digest() == ""
     assert isinstance(splits.train.images, Files)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (18, 6, 6)
     for part in (splits.train, splits.validation, splits.test):
@@ -75,20 +69,21 @@ def test_imagenet(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("missing", "message"),
     [
-        (lambda root: (root / "train" / NAMES[1] / f"{NAMES[1]}_3.JPEG").unlink(), "train: 23 images instead of 24"),
-        (lambda root: shutil.rmtree(root / "train" / NAMES[1]), "2 class folders instead of 3"),
-        (
-            lambda root: shutil.rmtree(root / "val" / NAMES[1]),
-            f"val: 1 class folders are missing, such as .*{NAMES[1]}",
-        ),
-        (lambda root: shutil.rmtree(root), r"give dataset\.root=<the folder of train/<WordNet id>"),
+        (f"train/{NAMES[1]}/{NAMES[1]}_3.JPEG", "train: 23 images instead of 24"),
+        (f"train/{NAMES[1]}", "2 class folders instead of 3"),
+        (f"val/{NAMES[1]}", f"val: 1 class folders are missing, such as .*{NAMES[1]}"),
+        (".", r"give dataset\.root=<the folder of train/<WordNet id>"),
     ],
 )
-def test_imagenet_says_what_is_missing(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_imagenet_says_what_is_missing(tmp_path: Path, missing: str, message: str) -> None:
     write_tree(tmp_path / "tree")
-    damage(tmp_path / "tree")
+    path = tmp_path / "tree" / missing
+    if path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
     with pytest.raises(UserError, match=message):
         full(tmp_path / "tree").load()
 
@@ -116,7 +111,7 @@ def write_lists(root: Path) -> None:
 
 
 def long_tailed(root: Path, **changes: object) -> ImageNetLT:
-    return ImageNetLT(**{**OPEN, "root": str(root), "validation": None, "in_memory": False, **changes})  # type: ignore[arg-type]
+    return ImageNetLT(**{**OPEN, "root": str(root), "validation": None, "in_memory": False, **changes})
 
 
 @pytest.mark.usefixtures("small")
@@ -148,6 +143,10 @@ def test_imagenet_lt_says_what_is_wrong(tmp_path: Path) -> None:
         ([*lines[:-1], lines[-1].rsplit(" ", 1)[0]], rf"ImageNet_LT_train\.txt: .*{put}"),
         ([*lines[:-2], *(line[:-1] + "1" for line in lines[-2:])], "2 labels instead of 0 to 2"),
         ([*lines[:-1], lines[-1][:-1] + "0"], "has the label of another class"),
+        ([*lines[:-1], "0.JPEG 2"], f"0.JPEG is not <folder>/<WordNet id>/<file>; {put}"),
+        ([*lines[:-1], f"../{NAMES[2]}/0.JPEG 2"], f"/0.JPEG'] lies outside its folder; {put}".replace("]", r"\]")),
+        ([*lines[:-1], f"train/{NAMES[2]}/.. 2"], "lies outside its folder"),
+        ([*lines[:-1], "/etc/passwd 2"], "lies outside its folder"),
     ):
         path.write_text("\n".join(content))
         with pytest.raises(UserError, match=message):
@@ -165,11 +164,11 @@ def write_tiny(root: Path) -> Path:
     folder = root / "tiny-imagenet-200"
     for c, name in enumerate(NAMES):
         for i in range(8):
-            write(folder / "train" / name / "images" / f"{name}_{i}.JPEG", level=10 * c)
+            write_image(folder / "train" / name / "images" / f"{name}_{i}.JPEG", level=10 * c)
         (folder / "train" / name / f"{name}_boxes.txt").write_text("n_0.JPEG\t0\t0\t9\t9\n")
     rows = []
     for i in range(6):
-        write(folder / "val" / "images" / f"val_{i}.JPEG", level=10 * (i % 3))
+        write_image(folder / "val" / "images" / f"val_{i}.JPEG", level=10 * (i % 3))
         rows.append(f"val_{i}.JPEG\t{NAMES[i % 3]}\t0\t32\t44\t62")
     (folder / "val" / "val_annotations.txt").write_text("\n".join(rows) + "\n")
     (folder / "wnids.txt").write_text("\n".join(reversed(NAMES)) + "\n")
@@ -179,14 +178,15 @@ def write_tiny(root: Path) -> Path:
 
 
 def tiny(root: Path) -> TinyImageNet:
-    return TinyImageNet(**OPEN, root=str(root))  # type: ignore[arg-type]
+    return TinyImageNet(**OPEN, root=str(root))
 
 
-def test_tiny_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiny_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(TinyImageNet, "counts", (24, 6))
     folder = write_tiny(tmp_path)
     splits = tiny(tmp_path).load()
     assert splits.classes == ("word 0", "word 1", "word 2")
+    assert capsys.readouterr().err == "", "nothing is said of the published lists of boxes"
     assert splits.test.labels.tolist() == [0, 1, 2, 0, 1, 2]
     for part in (splits.train, splits.test):
         assert isinstance(part.images, torch.Tensor)
@@ -195,6 +195,8 @@ def test_tiny_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for text, message in (
         ("\n".join(notes.read_text().splitlines()[1:]), r"val_annotations\.txt: 5 lines instead of 6; delete"),
         (notes.read_text().replace(NAMES[0], "n12345678"), "tiny-imagenet-200: .*delete .* to download it again"),
+        (notes.read_text().replace("\t", " "), "tiny-imagenet-200: .*delete .* to download it again"),
+        (notes.read_text().replace("val_0", "../val_0"), r"val_annotations\.txt: .* lies outside its folder; delete"),
     ):
         kept = notes.read_text()
         notes.write_text(text)

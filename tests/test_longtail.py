@@ -7,17 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_datasets import COLOUR, COMMON, digits, write_cifar
+from image_files import COLOUR, digits, image_bytes, write_cifar
 
-from scclr.config import ProbeConfig
+from scclr.config.schema import ProbeConfig
 from scclr.datasets import ImageSet, Splits
 from scclr.datasets.cifar10 import CIFAR10
 from scclr.datasets.longtail import class_counts, groups
-from scclr.probe import pixels, probe
+from scclr.evaluate.probe import pixels, probe
 
 
 def test_published_counts() -> None:
-    # CIFAR-10-LT with factor 100, as listed by the repositories that follow Cao et al. 2019; CIFAR-100-LT has 10,847
+    # CIFAR-10-LT with factor 100, as listed by the repositories that follow Cao et al. 2019; CIFAR-100-LT has 10,847.
     assert class_counts(5000, 10, 100, "exponential") == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
     assert class_counts(5000, 10, 10, "exponential") == [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500]
     assert sum(class_counts(500, 100, 100, "exponential")) == 10_847
@@ -47,8 +47,7 @@ def test_only_training_images_are_thinned(profile: str) -> None:
     assert tail.pretrain is tail.train
     most = int(torch.bincount(full.train.labels).min())
     assert torch.bincount(tail.train.labels).tolist() == class_counts(most, 10, 10, profile)
-    rows = {image.numpy().tobytes() for image in full.train.images}
-    assert all(image.numpy().tobytes() in rows for image in tail.train.images)
+    assert image_bytes(tail.train) < image_bytes(full.train)
     assert full.refit
     assert not tail.refit
     assert full.groups == {}
@@ -56,7 +55,7 @@ def test_only_training_images_are_thinned(profile: str) -> None:
 
 def test_a_tail_is_seeded_nested_and_follows_classes() -> None:
     def images(**changes: object) -> set[bytes]:
-        return {image.numpy().tobytes() for image in digits(**changes).load().train.images}
+        return image_bytes(digits(**changes).load().train)
 
     assert images(imbalance=10) == images(imbalance=10) > images(imbalance=20)
     assert images(imbalance=10) != images(imbalance=10, split_seed=1)
@@ -67,7 +66,7 @@ def test_a_tail_is_seeded_nested_and_follows_classes() -> None:
 
 def test_cifar_pretrains_on_the_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path, CIFAR10, monkeypatch)  # 40 of each class, 10 of them to choose on
-    splits = CIFAR10(**COMMON, **COLOUR, root=str(tmp_path), imbalance=10).load()  # type: ignore[arg-type]
+    splits = CIFAR10(**COLOUR, root=str(tmp_path), imbalance=10).load()
     assert torch.bincount(splits.pretrain.labels).tolist() == class_counts(30, 10, 10, "exponential")
     assert torch.bincount(splits.validation.labels).tolist() == [10] * 10
     assert splits.groups == {"medium": [0, 1], "few": [2, 3, 4, 5, 6, 7, 8, 9]}
@@ -95,9 +94,7 @@ def test_accuracy_by_the_number_of_images() -> None:
     metrics = probe(features(splits, pixels), splits, config).metrics
     for name in ("probe/logreg/top1", "knn/k5/top1"):
         assert metrics[name] == pytest.approx(0.8)
-        assert metrics[f"{name}/many"] == pytest.approx(
-            (0.5 + 1) / 2
-        )  # of classes, not of images: 4 of 6 would be 0.67
+        assert metrics[f"{name}/many"] == pytest.approx((0.5 + 1) / 2)  # over classes; over images it would be 4 / 6
         assert metrics[f"{name}/medium"] == metrics[f"{name}/few"] == 1
 
 

@@ -1,4 +1,4 @@
-"""Encoders, projector and the unit sphere; shapes, stems and devices."""
+"""Encoders, projector and the normalization of embeddings."""
 
 import warnings
 
@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from scclr.config import ProjectorConfig
+from scclr.config.schema import ProjectorConfig
 from scclr.encoders.convnet import ConvNet
+from scclr.encoders.model import Model, make_projector
 from scclr.encoders.resnet import ResNet
-from scclr.model import Model, make_projector
 
 PROJECTOR = ProjectorConfig(depth=2, hidden_dim=24, out_dim=12, batch_norm=True, normalize=True)
 
@@ -19,7 +19,7 @@ def convnet(channels: int = 1) -> ConvNet:
     return ConvNet(in_channels=channels, widths=[8, 16], stem_stride=1)
 
 
-def test_shapes_and_unit_rows() -> None:
+def test_embeddings_have_unit_rows() -> None:
     model = Model(convnet(3), PROJECTOR, [0.5] * 3, [0.2] * 3)
     h, z = model(torch.rand(5, 3, 12, 12))
     assert h.shape == (5, 16)
@@ -27,7 +27,7 @@ def test_shapes_and_unit_rows() -> None:
     torch.testing.assert_close(z.norm(dim=1), torch.ones(5))
 
 
-def test_normalisation_is_part_of_the_model() -> None:
+def test_the_model_normalizes_pixels_and_embeddings() -> None:
     encoder = nn.Flatten()
     encoder.feature_dim = 4  # type: ignore[assignment]
     plain = Model(
@@ -35,10 +35,10 @@ def test_normalisation_is_part_of_the_model() -> None:
     )
     h, z = plain(torch.full((2, 1, 2, 2), 0.75))
     assert torch.equal(h, torch.ones(2, 4))
-    assert torch.equal(z, torch.full((2, 4), 0.5)), "depth 0 is the identity"
+    assert torch.equal(z, torch.full((2, 4), 0.5)), "a projector of depth 0 is the identity"
 
 
-def test_projector_layers() -> None:
+def test_the_projector_has_depth_linear_layers() -> None:
     kinds = [type(layer).__name__ for layer in make_projector(16, PROJECTOR)]
     assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
     deep = make_projector(16, ProjectorConfig(depth=3, hidden_dim=24, out_dim=12, batch_norm=False, normalize=True))
@@ -46,7 +46,7 @@ def test_projector_layers() -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_convnet(stride: int) -> None:
+def test_convnet_halves_the_resolution_after_its_first_block(stride: int) -> None:
     net = ConvNet(in_channels=1, widths=[8, 16, 24], stem_stride=stride)
     assert net(torch.rand(2, 1, 28, 28)).shape == (2, net.feature_dim) == (2, 24)
     last = net.layers[:-1](torch.rand(1, 1, 32, 32))
@@ -72,7 +72,7 @@ def test_resnet_stem_follows_the_image_size(depth: int, dim: int, channels: int)
             assert net.feature_dim == dim
 
 
-def test_resnet_warns_of_a_large_stem_on_small_images() -> None:
+def test_resnet_warns_about_the_imagenet_stem_on_small_images() -> None:
     with torch.device("meta"):
         with pytest.warns(UserWarning, match="stem=auto suits them"):
             ResNet(in_channels=3, image_size=32, depth=18, stem="imagenet")
@@ -85,8 +85,8 @@ def test_resnet_warns_of_a_large_stem_on_small_images() -> None:
         ResNet(in_channels=3, image_size=32, depth=18, stem="tiny")
 
 
-def test_forward_on_a_fake_gpu() -> None:
-    """Every tensor of the forward pass stays on the inputs' device."""
+def test_a_forward_pass_stays_on_its_device() -> None:
+    """Fake tensors have shapes and devices only. An operation on tensors of different devices raises."""
     with FakeTensorMode(), torch.device("cuda"):
         for encoder in (convnet(3), ResNet(in_channels=3, image_size=32, depth=18, stem="auto")):
             model = Model(encoder, PROJECTOR, [0.5] * 3, [0.2] * 3)

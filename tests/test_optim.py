@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scclr.optim import LARS, adamw, describe, effective_lr, lars, lr_factor, set_lr, sgd
+from scclr.pretrain.optim import LARS, adamw, describe, effective_lr, lars, lr_factor, set_lr, sgd
 
 ADAMW = {"lr": 0.01, "lr_scaling": "none", "weight_decay": 0.1, "betas": [0.9, 0.999], "eps": 1e-8}
 SGD = {"lr": 0.1, "lr_scaling": "none", "weight_decay": 0.1, "momentum": 0.9, "nesterov": False}

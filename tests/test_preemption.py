@@ -2,12 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
-from scclr.config import CheckpointConfig, UserError
-from scclr.preemption import LEAVE, NOT_DUE, SAVE, STOPPED, Pace, Stop
+from scclr.config.errors import UserError
+from scclr.config.schema import CheckpointConfig
+from scclr.run.preemption import LEAVE, NOT_DUE, REPEAT_SECONDS, SAVE, SILENT, STOPPED, CheckpointSchedule, Stop
 
 
 @pytest.fixture
@@ -16,28 +19,86 @@ def stop() -> Iterator[Stop]:
         yield stop
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_signal_waits_for_the_step(stop: Stop, number: int) -> None:
-    pace = Pace(steps=10, seconds=None, total=25, stop=stop)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that passes in the module is what a test puts here."""
+    now = [100.0]
+    monkeypatch.setattr("scclr.run.preemption.time.monotonic", lambda: now[0])
+    return now
+
+
+def signals_only(stop: Stop) -> CheckpointSchedule:
+    return CheckpointSchedule(steps=None, seconds=None, total=9, stop=stop)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_waits_for_the_step(stop: Stop, number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    schedule = CheckpointSchedule(steps=10, seconds=None, total=25, stop=stop)
     with stop.deferred():
-        assert [pace.due(done) for done in (9, 10, 20, 24, 25)] == [NOT_DUE, SAVE, SAVE, NOT_DUE, SAVE]
+        assert [schedule.due(done) for done in (9, 10, 20, 24, 25)] == [NOT_DUE, SAVE, SAVE, NOT_DUE, SAVE]
         os.kill(os.getpid(), number)
-        assert pace.due(7) == LEAVE
+        assert schedule.due(7) == LEAVE
         with pytest.raises(SystemExit) as stopped:
-            pace.saved(LEAVE)
+            schedule.saved(LEAVE)
     assert stopped.value.code == STOPPED
+    name = signal.Signals(number).name
+    assert capsys.readouterr().err == f"stopped by {name}; type the same command to go on\n"
 
 
-def test_a_second_signal_does_not_wait(stop: Stop) -> None:
+def test_repeats_are_ignored_for_a_while_and_then_do_not_wait(stop: Stop, clock: list[float]) -> None:
+    """A job-wide signal comes from its sender and again, perhaps as another one, from the launcher of the process."""
     with stop.deferred():
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        for _ in range(3):
+            clock[0] += REPEAT_SECONDS / 4
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGUSR1
+        clock[0] += REPEAT_SECONDS / 4
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_repeats_do_not_interrupt_what_follows_the_first_signal(stop: Stop, clock: list[float]) -> None:
+    with pytest.raises(SystemExit):
+        os.kill(os.getpid(), signal.SIGTERM)
+    clock[0] += REPEAT_SECONDS / 2
+    os.kill(os.getpid(), signal.SIGTERM)
+    clock[0] += REPEAT_SECONDS / 2
+    with pytest.raises(SystemExit):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_stop_inside_another_hands_its_signal_over(stop: Stop) -> None:
+    """The command line has one around everything, the training one of its own."""
+    with Stop() as inner:
+        with inner.deferred():
             os.kill(os.getpid(), signal.SIGINT)
+            assert signals_only(inner).due(1) == LEAVE
+            with pytest.raises(KeyboardInterrupt):
+                inner.leave()
+        os.kill(os.getpid(), signal.SIGINT)  # at once after the first: ignored
+    os.kill(os.getpid(), signal.SIGTERM)  # by the outer one as well
 
 
 def test_outside_the_loop_a_signal_is_obeyed_at_once(stop: Stop) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         os.kill(os.getpid(), signal.SIGUSR1)
+    assert stopped.value.code == STOPPED
+
+
+@pytest.mark.parametrize(("name", "value", "lines"), [("RANK", "0", 1), ("RANK", "1", 0), (SILENT, "1", 0)])
+def test_one_process_speaks_for_a_run(
+    stop: Stop, name: str, value: str, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        stop.leave()
+    assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_no_torch_is_needed() -> None:
+    code = "import sys, scclr.run.preemption, scclr.run.output; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
@@ -56,45 +117,38 @@ def test_an_older_handler_has_the_last_word() -> None:
     before = signal.signal(signal.SIGUSR2, lambda number, frame: calls.append(number))
     try:
         with Stop() as stop, stop.deferred():
-            pace = Pace(steps=None, seconds=None, total=9, stop=stop)
+            schedule = signals_only(stop)
             os.kill(os.getpid(), signal.SIGUSR2)
-            assert (pace.due(1), calls) == (LEAVE, [])
-            pace.saved(LEAVE)
-            assert (pace.due(2), calls) == (NOT_DUE, [signal.SIGUSR2])
+            assert (schedule.due(1), calls) == (LEAVE, [])
+            schedule.saved(LEAVE)
+            assert (schedule.due(2), calls) == (NOT_DUE, [signal.SIGUSR2])
         os.kill(os.getpid(), signal.SIGUSR2)
-        assert len(calls) == 2, "it is back in its place"
+        assert len(calls) == 2, "it is installed again"
     finally:
         signal.signal(signal.SIGUSR2, before)
 
 
-def test_another_process_was_signalled(stop: Stop) -> None:
-    with pytest.raises(SystemExit):
-        Pace(steps=None, seconds=None, total=9, stop=stop).saved(LEAVE)
-
-
-def test_by_the_clock_saving_takes_a_fiftieth_of_the_time(stop: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("scclr.preemption.time.monotonic", lambda: now[0])
-    pace, saves = Pace(steps=None, seconds=60, total=10**9, stop=stop), []
+def test_by_the_clock_saving_takes_a_fiftieth_of_the_time(stop: Stop, clock: list[float]) -> None:
+    schedule, saves = CheckpointSchedule(steps=None, seconds=60, total=10**9, stop=stop), []
     for second in range(1, 2000):
-        now[0] += 1
-        if pace.due(second):
-            now[0] += 3  # what it costs to save
-            pace.saved(SAVE)
+        clock[0] += 1
+        if schedule.due(second):
+            clock[0] += 3  # what it costs to save
+            schedule.saved(SAVE)
             saves.append(second)
     assert saves[:3] == [60, 210, 360]
 
 
 @pytest.mark.parametrize(
     ("every", "steps", "seconds"),
-    [("500", 500, None), ("30s", None, 30), ("1.5min", None, 90), ("2h", None, 7200), ("0s", None, 0)],
+    [("500", 500, None), ("30s", None, 30), ("1.5min", None, 90), ("2h", None, 7200)],
 )
-def test_every(every: str, steps: int | None, seconds: float | None) -> None:
+def test_checkpoints_are_counted_in_steps_or_seconds(every: str, steps: int | None, seconds: float | None) -> None:
     config = CheckpointConfig(every)
     assert (config.steps, config.seconds) == (steps, seconds)
 
 
-@pytest.mark.parametrize("every", ["0", "-1", "10 minutes", "1d", ""])
-def test_every_is_checked(every: str) -> None:
+@pytest.mark.parametrize("every", ["0", "-1", "0s", "10 minutes", "1d", ""])
+def test_other_intervals_are_refused(every: str) -> None:
     with pytest.raises(UserError, match="as in 10min"):
         CheckpointConfig(every)

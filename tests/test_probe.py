@@ -1,7 +1,5 @@
 """The evaluation protocols against scikit-learn and naive transcriptions, and the encoder they must not touch."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -9,23 +7,15 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from scclr.config import ProbeConfig, ProjectorConfig
+from scclr.config.schema import ProbeConfig, ProjectorConfig
 from scclr.datasets import ImageSet, Splits
 from scclr.datasets.digits import Digits
 from scclr.encoders.convnet import ConvNet
-from scclr.model import Model
-from scclr.probe import (
-    PrincipalAxes,
-    choose_l2,
-    encoder_hash,
-    features,
-    fit_logreg,
-    knn_top1,
-    pixels,
-    probe_encoder,
-    probe_pixels,
-    top1,
-)
+from scclr.encoders.model import Model
+from scclr.evaluate.features import encoder_hash, extract_features, pixels
+from scclr.evaluate.knn import knn_predict
+from scclr.evaluate.logreg import PrincipalAxes, accuracy, choose_l2, fit_logreg, logits
+from scclr.evaluate.probe import probe_encoder, probe_pixels
 
 CONFIG = ProbeConfig(l2=[1e-3, 1e-2], max_iter=50, knn_k=5, knn_temperature=0.1, batch_size=128)
 
@@ -37,8 +27,12 @@ def blobs(n: int = 300, dim: int = 6, classes: int = 4, seed: int = 0) -> tuple[
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
+def top1(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> float:
+    return accuracy(logits(x, weights).argmax(1), y)
+
+
 def splits() -> Splits:
-    return Digits(limit=400, classes=None, validation=0.25, split_seed=0, mean=[0.3], std=[0.4], test=0.25).load()
+    return Digits(limit=400, validation=0.25, mean=[0.3], std=[0.4], test=0.25).load()
 
 
 def model() -> Model:
@@ -71,12 +65,13 @@ def test_strength_is_chosen_on_validation_and_ties_go_to_the_strongest() -> None
     x, y = blobs(60, 20)
     x_validation, y_validation = blobs(400, 20)[0], blobs(400, 20)[1]
     grid = [1e-6, 1e-3, 1e-1, 1.0, 10.0]
-    chosen = choose_l2(x, y, x_validation, y_validation, 4, grid, 200)
+    chosen, found = choose_l2((x, y), (x_validation, y_validation), 4, grid, 200)
     axes = PrincipalAxes(x)
     scores = {l2: top1(axes(x_validation), y_validation, fit_logreg(axes(x), y, 4, l2, 200)) for l2 in grid}
     assert scores[chosen] >= max(scores.values()) - 0.01
+    assert found == pytest.approx(scores[chosen], abs=0.01)
     apart = torch.tensor([[-1.0], [1.0]]).double().repeat(10, 1), torch.tensor([0, 1]).repeat(10)
-    assert choose_l2(*apart, *apart, 2, grid, 50) == 10.0
+    assert choose_l2(apart, apart, 2, grid, 50) == (10.0, 1.0)
 
 
 def test_principal_axes_are_a_rotation_of_standardised_features() -> None:
@@ -88,24 +83,30 @@ def test_principal_axes_are_a_rotation_of_standardised_features() -> None:
     torch.testing.assert_close(covariance, covariance.diag().diag(), atol=1e-9, rtol=0)
 
 
-def test_knn_is_the_weighted_vote() -> None:
-    x, y = blobs(200)
+@pytest.mark.parametrize("temperature", [0.2, 0.011, 0.01, 1e-6])
+def test_knn_is_the_weighted_vote_at_any_temperature(temperature: float) -> None:
+    """Weights exp(cosine / temperature) overflow in float32 below 0.0113 unless they are relative to the largest."""
+    x, y = (part.float() if part.is_floating_point() else part for part in blobs(200))
     queries, truth = blobs(80, seed=1)
-    accuracy = knn_top1(x, y, queries, truth, 4, k=7, temperature=0.2)
-    unit = F.normalize(x, dim=1).numpy()
-    reference = KNeighborsClassifier(7, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.2))
-    assert accuracy == pytest.approx(reference.fit(unit, y).score(F.normalize(queries, dim=1).numpy(), truth))
-    assert knn_top1(x, y, x, y, 4, k=1, temperature=0.2) == 1
-    assert math.isfinite(knn_top1(x[:3], y[:3], queries, truth, 4, k=20, temperature=0.01))
+    found = knn_predict(x, y, queries.float(), 4, k=7, temperature=temperature)
+    unit, to_query = F.normalize(x.double(), dim=1), F.normalize(queries, dim=1)
+
+    def weights(distances: np.ndarray) -> np.ndarray:
+        return np.exp((distances.min(1, keepdims=True) - distances) / temperature)
+
+    reference = KNeighborsClassifier(7, metric="cosine", algorithm="brute", weights=weights)
+    assert found.tolist() == reference.fit(unit.numpy(), y).predict(to_query.numpy()).tolist()
+    assert torch.equal(knn_predict(x, y, x, 4, k=1, temperature=temperature), y)
+    assert knn_predict(x[:3], y[:3], queries.float(), 4, k=20, temperature=temperature).shape == truth.shape
 
 
 def test_the_encoder_is_frozen_and_in_eval_mode() -> None:
     net = model().train()
     before = encoder_hash(net.encoder)
     data = splits()
-    h = features(net, data.test, 64)
-    assert torch.equal(h, features(net, data.test, 64))
-    torch.testing.assert_close(h, features(net, data.test, 7), atol=1e-5, rtol=1e-5)
+    h = extract_features(net, data.test, 64)
+    assert torch.equal(h, extract_features(net, data.test, 64))
+    torch.testing.assert_close(h, extract_features(net, data.test, 7), atol=1e-5, rtol=1e-5)
     assert net.training
     result = probe_encoder(net, data, CONFIG)
     assert encoder_hash(net.encoder) == before == result.encoder_sha256

@@ -1,6 +1,8 @@
 """The points of a sweep, and the folders that tell what became of them."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,60 +10,114 @@ import pytest
 import torch
 from conftest import TINY
 
-from scclr.checkpoint import HeldError, claimed, save
-from scclr.config import UserError
-from scclr.sweep import Point, before, clock, fail, listed, remember, status
+import scclr.train as train
+from scclr.config.errors import UserError
+from scclr.run.checkpoint import save
+from scclr.run.lock import run_lock
+from scclr.run.sweep import Point, before, clock, fail, listed, remember, remembered, status
+
+RESULT = {"metrics": {}, "config": {}, "seconds": {"total": 100}}
+# Three times, twelve processes add their points to one file at the same moment.
+TOGETHER = """
+import os, sys, time
+from pathlib import Path
+from scclr.run.sweep import Point, remember
+for folder in "012":
+    start = time.time() + 0.3
+    for i in range(12):
+        if os.fork() == 0:
+            time.sleep(max(0, start - time.time()))
+            remember([Point(Path(folder) / f"{i}-{j}", f"seed={i}") for j in range(3)])
+            os._exit(0)
+    if any(os.wait()[1] for _ in range(12)):
+        sys.exit(1)
+"""
 
 
 def test_states_costs_and_outlook(tmp_path: Path) -> None:
     points = [Point(tmp_path / name, f"seed={i}") for i, name in enumerate("abcde")]
-    assert (
-        before(points, at_once=1) == "5 points: 0 done, 5 missing; no finished run beside them tells how long they take"
-    )
+    unknown = "5 points: 0 done, 5 missing; no finished run beside them tells how long they take"
+    assert before(points, at_once=1) == unknown
     remember(points[:3])
     remember(points[2:])
     for point in points[:4]:
         point.directory.mkdir()
-    (tmp_path / "a" / "result.json").write_text(json.dumps({"seconds": {"total": 100}}))
+    (tmp_path / "a" / "result.json").write_text(json.dumps(RESULT))
     fail(tmp_path / "b", "loss: too high")
     save(tmp_path / "c", {"model": {"w": torch.zeros(1)}, "seconds": 20.0})
-    with claimed(tmp_path / "d", overwrite=False):
+    with run_lock(tmp_path / "d", overwrite=False):
         assert [point.state for point in points] == ["done", "failed", "stopped", "running", "missing"]
         lines = status(tmp_path)
     assert lines[0] == f"{tmp_path}: 5 points: 1 done, 1 running, 1 failed, 1 stopped, 1 missing"
     assert lines[1] == "2 min so far; about 100 s each and 7 min for all, as in 1 finished runs"
     assert lines[2] == f"  failed   seed=1 ({tmp_path / 'b'}): loss: too high"
     assert [line.split()[0] for line in lines[2:]] == ["failed", "stopped", "running", "missing"]
-    assert "200 s" not in before(points, at_once=4)
     assert before(points, at_once=4).endswith("about 100 s each and 100 s for all, as in 1 finished runs")
-    with pytest.raises(UserError, match="no runs"):
-        status(tmp_path / "e")
-    assert (clock(119), clock(121), clock(7300)) == ("119 s", "2 min", "2.0 h")
-    with claimed(tmp_path / "b", overwrite=False):
+    with run_lock(tmp_path / "b", overwrite=False):
         assert listed(points[1:2])[0].startswith("  running")
     assert points[1].state == "missing", "the next attempt takes the error away"
 
 
-def test_a_held_folder_names_its_holder(tmp_path: Path) -> None:
-    import os
+@pytest.mark.parametrize(("seconds", "shown"), [(119, "119 s"), (121, "2 min"), (7300, "2.0 h")])
+def test_durations_are_shown_in_the_unit_that_fits(seconds: float, shown: str) -> None:
+    assert clock(seconds) == shown
 
-    with claimed(tmp_path, overwrite=False), pytest.raises(HeldError, match=f"pid {os.getpid()} on "):
-        claimed(tmp_path, overwrite=False).__enter__()
+
+@pytest.mark.parametrize("text", ["", '{"metr', "[]", "{}", '{"metrics": {}}'])
+def test_a_damaged_result_is_named_and_counts_as_not_done(text: str, tmp_path: Path) -> None:
+    point = Point(tmp_path / "a", "seed=0")
+    remember([point])
+    point.directory.mkdir()
+    (point.directory / "result.json").write_text(text)
+    assert (point.state, point.seconds) == ("missing", 0)
+    assert before([point], at_once=1).startswith("1 points: 0 done, 1 missing; no finished run")
+    with pytest.raises(UserError, match=r"^[^\n]*/a/result\.json: damaged[^\n]*$"):
+        status(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}'])
+def test_a_damaged_list_of_points_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    for read in (status, remembered, lambda folder: remember([Point(folder / "a", "")])):
+        with pytest.raises(UserError, match=r"^[^\n]*/sweep\.json: damaged[^\n]*delete it and type the command again$"):
+            read(tmp_path)
+    assert (tmp_path / "sweep.json").read_text() == text
+
+
+@pytest.mark.parametrize(("name", "message"), [("missing", "no runs; give a folder"), ("file", "cannot be read")])
+def test_a_folder_without_runs_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"{name}.*{message}"):
+        status(tmp_path / name)
+
+
+def test_points_that_cannot_be_noted_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file: cannot write there .*; type runs="):
+        remember([Point(tmp_path / "file" / "a", "")])
+
+
+@pytest.mark.slow
+def test_sweeps_that_start_together_lose_no_point(folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", TOGETHER], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in "012":
+        found = {point.directory.name for point in remembered(folder / name)}
+        assert found == {f"{i}-{j}" for i in range(12) for j in range(3)}
+        assert sorted(path.name for path in (folder / name).iterdir()) == [".sweep.lock", "sweep.json"]
 
 
 def test_failed_points_are_listed_and_the_finished_ones_not_run_again(
     scclr: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import scclr.stages as stages
-
-    pretrain = stages.pretrain
+    pretrain = train.pretrain
 
     def faulty(*args, **named):  # type: ignore[no-untyped-def]
         if named["seed"] == 1:
             raise ZeroDivisionError("by seed 1")
         return pretrain(*args, **named)
 
-    monkeypatch.setattr(stages, "pretrain", faulty)
+    monkeypatch.setattr(train, "pretrain", faulty)
     line = ["train", "-m", "seed=0,1", "stages=[pretrain]", *TINY]
     assert scclr(*line) == 1
     shown = capsys.readouterr()
@@ -71,7 +127,7 @@ def test_failed_points_are_listed_and_the_finished_ones_not_run_again(
     assert shown.out.splitlines()[-1].endswith("ZeroDivisionError: by seed 1")
     (finished,) = {path.parent for path in folder.glob("runs/*/*/result.json")}
     stamp = (finished / "result.json").stat().st_mtime_ns
-    monkeypatch.setattr(stages, "pretrain", pretrain)
+    monkeypatch.setattr(train, "pretrain", pretrain)
     assert scclr(*line) == 0
     assert "about" in capsys.readouterr().err.splitlines()[0]
     assert scclr("sweep-status", "runs/default") == 0

@@ -12,8 +12,9 @@ from conftest import TINY, run_folders
 from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
-from scclr.config import TrackingConfig, UserError
-from scclr.tracking import RunLog, read_rows
+from scclr.config.errors import UserError
+from scclr.config.schema import TrackingConfig
+from scclr.run.tracking import Log, RunLog, read_rows
 
 OFFLINE = TrackingConfig(mode="offline", project="test")
 
@@ -61,6 +62,27 @@ def test_rows_are_flushed_at_once(tmp_path: Path) -> None:
     with RunLog(tmp_path, TrackingConfig("disabled", "test"), name="n", group="g", settings={}, start=0) as log:
         log.row(10, {"loss": 1.5})
         assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 10, "pretrain/loss": 1.5}]
+
+
+def test_the_log_of_other_processes_records_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has every method of the log of the main process, and none of them leaves a trace."""
+    monkeypatch.chdir(tmp_path)
+    public = {name for name in vars(RunLog) if not name.startswith("_")}
+    assert public == {name for name in vars(Log) if not name.startswith("_")}
+    with Log() as log:
+        log.progress(0, 10, 1)
+        log.row(1, {"loss": 1.0})
+        log.text("a.txt", "a")
+        log.json("a.json", {})
+        log.picture("views", lambda: Image.new("RGB", (4, 4)))
+        log.say("a")
+        log.show("a")
+        log.summary({})
+        log.end_progress()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_offline_run_is_whole(tmp_path: Path) -> None:
@@ -115,11 +137,12 @@ def test_a_run_is_tracked_offline(scclr: Callable[..., int], folder: Path) -> No
 
 
 def test_a_picture_travels_with_the_first_row(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "views.png")
     with RunLog(tmp_path, OFFLINE, name="n", group="g", settings={}, start=0) as log:
-        log.picture("views", tmp_path / "views.png")
+        log.picture("views", lambda: Image.new("RGB", (4, 4)))
         log.row(10, {"loss": 1.5})
     (row,) = history(tmp_path)
     assert row["pretrain/loss"] == 1.5
     assert row["views/_type"] == "image-file"
+    with Image.open(tmp_path / "views.png") as picture:
+        assert picture.size == (4, 4)
     assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/views*.png"))) == 1

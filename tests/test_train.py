@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, result_of, rows_of, run_folders
+from conftest import TINY, compose, result_of, rows_of, run_folders
 
-from scclr.checkpoint import claimed, load
-from scclr.config import conf_dir
-from scclr.loader import batch_indices
+from scclr.config.build import build
+from scclr.config.compose import conf_dir
+from scclr.datasets.loader import batch_indices
+from scclr.run.checkpoint import load
+from scclr.run.lock import run_lock
 
 Run = Callable[..., int]
 METRICS = {
@@ -81,12 +83,12 @@ def test_a_sweep_is_resumed_by_typing_it_again(scclr: Run, folder: Path, monkeyp
 
 
 def test_a_resumed_run_is_the_uninterrupted_run(scclr: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import scclr.stages as stages
+    import scclr.run.checkpoint as checkpoint
 
     line = ["train", "checkpoint.every=1", *TINY]
     assert scclr(*line, "runs=whole") == 0
     saves = []
-    save = stages.save
+    save = checkpoint.save
 
     def killed(directory: Path, state: dict, name: str) -> None:
         save(directory, state, name)
@@ -96,7 +98,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(scclr: Run, folder: Path, monkey
                 file.write('{"step": 6, "pretrain/loss": 1.0}\n{"step": 6, "pre')  # what a kill can leave
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "save", killed)
+    monkeypatch.setattr(checkpoint, "save", killed)
     assert scclr(*line, "runs=parts") == 130
     assert list((folder / "parts").glob("*/*/result.json")) == []
     assert scclr(*line, "runs=parts") == 0
@@ -112,13 +114,13 @@ def test_probing_a_run_again_reproduces_its_numbers(scclr: Run, folder: Path) ->
     assert scclr("train", "seed=3", *TINY) == 0
     (run,) = run_folders(folder)
     probing = [word for word in TINY if word.startswith(("dataset", "probe"))]
-    assert scclr("train", "stages=[probe]", f"init_from={run}", "experiment=again", *probing) == 0
+    assert scclr("train", "stages=[probe]", f"init_from={run}", "name=again", *probing) == 0
     (again,) = [path for path in run_folders(folder) if path.parent.name == "again"]
     assert result_of(again)["metrics"] == result_of(run)["metrics"]
     assert result_of(again)["encoder_sha256"] == result_of(run)["encoder_sha256"]
     assert "seed3" in again.name
 
-    other = ["dataset.classes=[3,5,8]", f"init_from={run / 'last.pt'}", "experiment=other"]
+    other = ["dataset.classes=[3,5,8]", f"init_from={run / 'last.pt'}", "name=other"]
     assert scclr("train", "stages=[probe]", *other, *probing) == 0
     (transfer,) = [path for path in run_folders(folder) if path.parent.name == "other"]
     assert result_of(transfer)["metrics"] != result_of(run)["metrics"]
@@ -128,7 +130,7 @@ def test_probing_a_run_again_reproduces_its_numbers(scclr: Run, folder: Path) ->
 def test_pretraining_can_start_from_a_run(scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert scclr("train", "stages=[pretrain]", *TINY) == 0
     (run,) = run_folders(folder)
-    assert scclr("train", f"init_from={run}", "optimizer.lr=1e-12", "experiment=warm", *TINY) == 0
+    assert scclr("train", f"init_from={run}", "optimizer.lr=1e-12", "name=warm", *TINY) == 0
     (warm,) = [path for path in run_folders(folder) if path.parent.name == "warm"]
     weights = "encoder.layers.conv.weight"
     a, b = (torch.load(path / "last.pt", weights_only=True)["model"][weights] for path in (run, warm))
@@ -163,13 +165,11 @@ def test_another_version_cannot_resume_a_run(
     scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as older:
-        older.setattr("scclr.checkpoint.FORMAT", 0)
+        older.setattr("scclr.run.checkpoint.FORMAT", 0)
         assert scclr("train", "stages=[pretrain]", *TINY) == 0
     (run,) = run_folders(folder)
     probing = [word for word in TINY if word.startswith(("dataset", "probe"))]
-    assert scclr("train", "stages=[probe]", f"init_from={run}", "experiment=still", *probing) == 0, (
-        "weights are weights"
-    )
+    assert scclr("train", "stages=[probe]", f"init_from={run}", "name=still", *probing) == 0, "weights are weights"
     (run / "result.json").unlink()
     before = (run / "last.pt").read_bytes()
     capsys.readouterr()
@@ -182,7 +182,7 @@ def test_another_version_cannot_resume_a_run(
 def test_two_processes_cannot_share_a_run(scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert scclr("train", "stages=[pretrain]", *TINY) == 0
     (run,) = run_folders(folder)
-    with claimed(run, overwrite=False):
+    with run_lock(run, overwrite=False):
         assert scclr("train", "stages=[pretrain]", "overwrite=true", *TINY) == 1
     assert "another process" in capsys.readouterr().err
 
@@ -197,7 +197,7 @@ def test_a_failed_point_does_not_stop_the_sweep(scclr: Run, folder: Path, capsys
 def test_every_loss_trains(loss: str, scclr: Run, folder: Path) -> None:
     assert scclr("train", f"loss={loss}", *TINY) == 0
     (run,) = run_folders(folder)
-    assert result_of(run)["oracle"] == (loss in ("nscl", "prototype", "supcon"))
+    assert result_of(run)["oracle"] == build("loss", compose(f"loss={loss}").loss, classes=10).supervised
     assert result_of(run)["metrics"]["probe/logreg/top1"] > 0.4  # chance is 0.1
 
 
@@ -216,26 +216,6 @@ def test_embeddings_without_normalisation(scclr: Run, folder: Path) -> None:
     assert scclr("train", "projector.normalize=false", "loss.similarity=dot", "alpha=0.5", *TINY) == 0
     (run,) = run_folders(folder)
     assert all(math.isfinite(value) for row in rows_of(run) for value in row.values())
-
-
-def test_the_running_prototypes_are_resumed(scclr: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = ["loss=prototype", "loss.momentum=0.9", "stages=[pretrain]", "checkpoint.every=1", *TINY]
-    assert scclr("train", "runs=whole", *line) == 0
-    import scclr.stages as stages
-
-    save = stages.save
-
-    def killed(directory: Path, state: dict, name: str) -> None:
-        save(directory, state, name)
-        if state["step"] == 4:
-            monkeypatch.setattr(stages, "save", save)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(stages, "save", killed)
-    assert scclr("train", "runs=parts", *line) == 130
-    assert scclr("train", "runs=parts", *line) == 0
-    (whole,), (parts,) = (list((folder / name / "default").glob("*/")) for name in ("whole", "parts"))
-    assert rows_of(whole) == rows_of(parts)
 
 
 def test_supervised_losses_need_labels(
@@ -284,7 +264,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_the_folder_of_another_run_is_refused(scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert scclr("train", "stages=[pretrain]", *TINY) == 0
     (run,) = run_folders(folder)
-    assert scclr("train", "stages=[pretrain]", "seed=1", "experiment=other", *TINY) == 0
+    assert scclr("train", "stages=[pretrain]", "seed=1", "name=other", *TINY) == 0
     (other,) = (path for path in run_folders(folder) if path.parent.name == "other")
     for name in ("result.json", "last.pt"):
         (run / name).write_bytes((other / name).read_bytes())
@@ -300,7 +280,7 @@ def test_no_run_begins_on_a_full_disk(
     from collections import namedtuple
 
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr("scclr.checkpoint.shutil.disk_usage", lambda _: usage(2**20))
+    monkeypatch.setattr("scclr.run.files.shutil.disk_usage", lambda _: usage(2**20))
     assert scclr("train", *TINY) == 1
     assert "1.0 MB are free on its disk; free space" in capsys.readouterr().err
     assert list(folder.iterdir()) == []
@@ -321,3 +301,47 @@ def test_determinism_is_set_for_the_run_only(on: bool, monkeypatch: pytest.Monke
     assert scclr("train", "stages=[pretrain]", f"deterministic={str(on).lower()}", *TINY) == 0
     assert seen == [(on, not on)]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_too_little_memory_is_said_in_one_line(
+    scclr: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+
+    monkeypatch.setattr("scclr.train.run_stages", full)
+    assert scclr("train", *TINY) == 1
+    advice = "CUDA out of memory. Tried to allocate 2.00 GiB.; type pretrain.micro_batch=64, which keeps the gradient"
+    assert advice in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_sweeper_is_given_the_validation_accuracy(scclr: Run, folder: Path) -> None:
+    """The whole of Hydra's path, on which the run is composed once more, by Hydra's own ``main``."""
+    import sys
+
+    from scclr.run.result import validation_accuracy
+    from scclr.train import main
+
+    words = ["alpha=0.4", "name=sweep", *TINY]
+    assert scclr("train", *words) == 0
+    (run,) = run_folders(folder)
+    stamp = (run / "result.json").stat().st_mtime_ns
+    sys.argv = ["scclr train", "-m", *words]
+    main()
+    assert run_folders(folder) == [run]
+    assert (run / "result.json").stat().st_mtime_ns == stamp, "the same run"
+    result = result_of(run)
+    assert validation_accuracy(result) == result["validation"]["probe/logreg"] != result["metrics"]["probe/logreg/top1"]
+    assert validation_accuracy({"last": {"pretrain/knn": 0.5}}) == 0.5
+
+
+@pytest.mark.slow
+def test_pretraining_beats_raw_pixels_and_the_untrained_encoder(scclr: Run, folder: Path) -> None:
+    """The claim of the product, on test images of the digits: in the mean over three seeds, and for each of them."""
+    assert scclr("train", "-m", "seed=0,1,2", "pretrain.epochs=50", "pretrain.knn_every=0") == 0
+    found = [result_of(run)["metrics"] for run in run_folders(folder)]
+    assert len(found) == 3
+    for baseline, margin in (("baseline/pixels/", 0.005), ("baseline/untrained/", 0.02)):
+        gains = [metrics["probe/logreg/top1"] - metrics[f"{baseline}probe/logreg/top1"] for metrics in found]
+        assert min(gains) > 0
+        assert sum(gains) / 3 > margin

@@ -1,4 +1,5 @@
-"""Colour jitter and grayscale: torchvision's operations one by one, or all of them as one linear map per view.
+"""Colour jitter and grayscale: torchvision's operations one by one, or all of them as one linear map per view; and
+images for an encoder of another number of channels.
 
 Dimensions: R views, C channels (1 or 3).
 """
@@ -17,37 +18,39 @@ def colour_maps(draws: Draws, channels: int) -> Tensor:
     """Jitter and grayscale of each view as one map: pixel -> M pixel + P m, where m is the mean pixel of the view.
 
     Brightness, contrast, saturation and grayscale are linear in a pixel and in the mean that contrast blends with, so
-    any order of them is one matrix each. Two things differ from doing them one by one: nothing is clamped to [0, 1]
-    before the end, and hue is turned about the grey axis of RGB instead of in HSV space. That is the same for grey
-    pixels and for turns by a third. For colours uniform in RGB and a turn of 0.05, HSV moves a channel by 0.050 on
-    average and the rotation arrives 0.041 away from it (in YIQ 0.050); for 0.1, 0.100, 0.065 and 0.085.
+    these operations in any order are one matrix for the pixel and one for the mean. Two things differ from doing them
+    one by one. Nothing is clamped to [0, 1] before the end, and hue is a rotation about the grey axis of RGB instead of
+    a shift in HSV space. The two hues agree for grey pixels and for a third of a turn. Measured on colours uniform in
+    RGB: HSV moves a channel by 0.050 on average for a turn of 0.05, and the rotation ends 0.041 away from it (in YIQ
+    0.050). For a turn of 0.1 these numbers are 0.100, 0.065 and 0.085.
 
     Returns:
         M and P side by side, [R, C, 2 C], on the CPU.
     """
     eye, luma = torch.eye(channels), torch.tensor(LUMA if channels == 3 else (1.0,)).expand(channels, -1)
-    factors = torch.where(draws.jittered.unsqueeze(1), draws.factors, torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    factors = torch.where(draws.jittered.unsqueeze(1), draws.jitter_factors, torch.tensor([1.0, 1.0, 1.0, 0.0]))
     bright, contrast, saturation, shift = factors.view(-1, 4, 1, 1, 1).unbind(1)  # [R, 1, 1, 1]
-    kinds = torch.empty(len(factors), 4, 2, channels, channels)  # what each does to a pixel, and to the mean pixel
+    kinds = torch.empty(len(factors), 4, 2, channels, channels)  # what each does to a pixel and to the mean pixel
     kinds[:, 0], kinds[:, 1, :1] = bright * eye, contrast * eye
     kinds[:, 1, 1:] = torch.lerp(luma, eye, contrast)  # a pixel is blended with the mean pixel's luma
     kinds[:, 2:] = eye
-    if channels == 3:  # on a grey image these are the identity, as in torchvision
+    if channels == 3:  # on a grey image these two are the identity, as in torchvision
         kinds[:, 2], kinds[:, 3] = torch.lerp(luma, eye, saturation), hue_turns(shift)
-    first, second, third, fourth = kinds[torch.arange(len(factors)).unsqueeze(1), draws.turn].unbind(1)  # [R, 2, C, C]
+    in_order = kinds[torch.arange(len(factors)).unsqueeze(1), draws.jitter_order]
+    first, second, third, fourth = in_order.unbind(1)  # [R, 2, C, C]
     maps = fourth @ third @ (second @ first)
     pixel, mean = torch.where(draws.grey.view(-1, 1, 1, 1), luma @ maps, maps).unbind(1)
     return torch.cat([pixel, mean - pixel], 2)
 
 
 def hue_turns(shift: Tensor) -> Tensor:
-    """Rotations about the grey axis by ``shift`` [.., 1, 1] turns, [.., 3, 3]: red goes to green at a third."""
+    """Rotations about the grey axis by ``shift`` [.., 1, 1] turns, [.., 3, 3]; a third of a turn maps red to green."""
     channel = torch.arange(3)
     return (1 + 2 * torch.cos(2 * math.pi * (shift - (channel.view(-1, 1) - channel) / 3))) / 3
 
 
 def linear(x: Tensor, maps: Tensor) -> Tensor:
-    """``colour_maps`` [R, C, 2 C] on x [R, C, H, W]; not yet clamped."""
+    """Apply ``colour_maps`` [R, C, 2 C] to x [R, C, H, W]; the result is not clamped."""
     pixels = x.flatten(2)  # [R, C, H W]
     pixel, mean = maps.chunk(2, 2)
     return torch.baddbmm(mean @ pixels.mean(2, keepdim=True), pixel, pixels).view_as(x)
@@ -58,15 +61,27 @@ def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def to_grey(x: Tensor) -> Tensor:
-    """Luma of colour images [R, 3, H, W] -> [R, 1, H, W]; grey images as they are."""
+    """Luma [R, 1, H, W] of float colour images [R, 3, H, W]; grey images stay as they are."""
     if x.shape[1] == 1:
         return x
     red, green, blue = x.split(1, dim=1)
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
+def with_channels(x: Tensor, channels: int) -> Tensor:
+    """Images [R, 1 or 3, H, W] for an encoder of 1 or 3 channels: luma of colour images, or grey ones three times.
+
+    Luma of uint8 images is rounded to uint8.
+    """
+    if x.shape[1] == channels:
+        return x
+    if channels == 3:
+        return x.expand(-1, 3, -1, -1)
+    return to_grey(x.float()).round().byte() if x.dtype == torch.uint8 else to_grey(x)
+
+
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """``factor`` [R, 1, 1, 1] times the pixels, clamped to [0, 1]."""
+    """Multiply the pixels by ``factor`` [R, 1, 1, 1], and clamp to [0, 1]."""
     return (x * factor).clamp(0, 1)
 
 
@@ -81,9 +96,9 @@ def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Rotate the hue of [R, 3, H, W] by ``shift`` [R, 1, 1, 1] turns in HSV space.
+    """Shift the hue of x [R, 3, H, W] by ``shift`` [R, 1, 1, 1] turns in HSV space.
 
-    HSV to RGB is ``channel = v - v s max(0, min(k, 4 - k, 1))`` with ``k = (n + 6 hue) mod 6`` and n = 5, 3, 1.
+    RGB is ``v - v s max(0, min(k, 4 - k, 1))`` of HSV, with ``k = (n + 6 hue) mod 6`` and n = 5, 3, 1.
     """
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = value - low

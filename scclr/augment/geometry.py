@@ -1,10 +1,10 @@
-"""Crop, resize, flip and blur as sparse separable resampling: each output pixel is a weighted sum of a few pixels of a
-row, then of a column, and every view has weights of its own.
+"""Crop, resize, flip and blur as sparse separable resampling. Each output pixel is a weighted sum of a few pixels
+(taps) of a column, then of a row, and every view has its own weights.
 
-The sums are embedding bags: their rows are image rows, read where they lie, so that no crop is copied and the work is
+The sums are embedding bags whose embeddings are the rows of the images. So no crop is copied, and the work is
 proportional to the number of taps. Interpolation and antialiasing are torchvision's.
 
-Dimensions: R views, C channels, H x W pixels, S of them on the side of a view that is at hand, T taps.
+Dimensions: R views, C channels, H x W pixels of an image, S pixels on a side of the view, T taps.
 """
 
 import math
@@ -15,21 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Taps = Sequence[Tensor]  # positions int32 [R, S, T] and weights [R, S, T]
+Taps = Sequence[Tensor]  # positions int32 [R, S, T], and weights [R, S, T]
 
 
-def separable(x: Tensor, down: Taps, across: Taps) -> Tensor:
-    """Mix the rows of x [R, C, H, W], then the columns of what comes out.
+def separable(x: Tensor, vertical: Taps, horizontal: Taps) -> Tensor:
+    """Resample x [R, C, H, W] along its columns, then along its rows.
 
     Returns:
-        The views on their side, [R, C, S across, S down].
+        The views transposed, [R, C, S of the width, S of the height].
     """
-    x = _mix(x, *down)  # [R, C, S down, W]
-    return _mix(x.transpose(2, 3), *across)
+    x = _weighted_sums(x, *vertical)  # [R, C, S, W]
+    return _weighted_sums(x.transpose(2, 3), *horizontal)
 
 
-def _mix(x: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums over the third dimension of x [R, C, H, W] -> [R, C, S, W]."""
+def _weighted_sums(x: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of the rows of x [R, C, H, W] -> [R, C, S, W]."""
     (views, channels, height, width), (size, taps) = x.shape, positions.shape[1:]
     planes = torch.arange(0, views * channels * height, height, dtype=torch.int32, device=x.device)
     bags = planes.view(views, channels, 1, 1) + positions.unsqueeze(1)  # [R, C, S, T]
@@ -40,21 +40,21 @@ def _mix(x: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
 
 
 def resize_taps(low: Tensor, length: Tensor, full: int, size: int, flipped: Tensor | None = None) -> Taps:
-    """Resize the pixels from ``low`` [R] on, ``length`` [R] of ``full`` ones, to ``size``; 1 in ``flipped`` [R]
-    reverses them.
+    """The taps that resize ``length`` [R] of ``full`` pixels, from pixel ``low`` [R] on, to ``size`` pixels.
 
-    Bilinear and antialiased: the filter is a triangle whose half width is a pixel, or ``length / size`` pixels where
-    that is larger; pixels outside the crop have no weight.
+    The resampling is bilinear and antialiased. The filter is a triangle whose half width is one pixel, or
+    ``length / size`` pixels where that is larger; pixels outside the crop have no weight. Where ``flipped`` [R] is 1,
+    the output is reversed.
     """
     low, length = low.view(-1, 1, 1), length.view(-1, 1, 1)
     taps = 2 * math.ceil(max(1.0, full / size))  # as many as the whole image would need
-    at = (torch.arange(size, device=low.device).view(1, -1, 1) + 0.5) / size
+    relative = (torch.arange(size, device=low.device).view(1, -1, 1) + 0.5) / size
     if flipped is not None:
-        at = torch.lerp(at, 1 - at, flipped.view(-1, 1, 1))
-    centre = at * length - 0.5  # [R, S, 1], in pixels from the first one of the crop
-    reach = (length / size).clamp_min(1)
-    position = (centre - reach).floor() + torch.arange(1, taps + 1, device=low.device)  # [R, S, T]
-    weights = torch.sub(position, centre).abs_().div_(reach).neg_().add_(1).clamp_min_(0)
+        relative = torch.lerp(relative, 1 - relative, flipped.view(-1, 1, 1))
+    centre = relative * length - 0.5  # [R, S, 1], in pixels from the first one of the crop
+    half_width = (length / size).clamp_min(1)
+    position = (centre - half_width).floor() + torch.arange(1, taps + 1, device=low.device)  # [R, S, T]
+    weights = torch.sub(position, centre).abs_().div_(half_width).neg_().add_(1).clamp_min_(0)
     inside = position.clamp_min(0).minimum(length - 1)
     weights.mul_(inside == position)
     total = reduce(torch.add, weights.unbind(2)).unsqueeze(2)  # faster than a sum of so few
@@ -62,22 +62,22 @@ def resize_taps(low: Tensor, length: Tensor, full: int, size: int, flipped: Tens
 
 
 def blur(x: Tensor, sigma: Tensor, size: int) -> Tensor:
-    """Gaussian blur of x [R, C, H, W] with a standard deviation [R] each, in pixels; ``size`` taps, reflected edges."""
+    """Gaussian blur of x [R, C, H, W] by ``size`` taps with reflected edges; ``sigma`` [R] is in pixels."""
     return separable(x, blur_taps(sigma, size, x.shape[2]), blur_taps(sigma, size, x.shape[3])).transpose(2, 3)
 
 
 def blur_taps(sigma: Tensor, size: int, full: int) -> Taps:
-    """``size`` Gaussian taps around each of ``full`` pixels, reflected without repeating the edge."""
+    """``size`` Gaussian taps around each of ``full`` pixels; the edges reflect, and the edge pixel is not repeated."""
     offset = torch.arange(size, device=sigma.device) - size // 2
     position = (torch.arange(full, device=sigma.device).view(-1, 1) + offset).abs()  # [S, T]
-    position = full - 1 - (full - 1 - position).abs()
+    position = (full - 1 - (full - 1 - position).abs()).clamp_min(0)  # 0 where there is a single pixel
     weights = torch.exp(-0.5 * (offset / sigma.view(-1, 1)) ** 2)
     weights = (weights / weights.sum(1, keepdim=True)).unsqueeze(1)
     return position.int().expand(len(sigma), -1, -1), weights.expand(-1, full, -1)
 
 
 def rotate(x: Tensor, degrees: Tensor) -> Tensor:
-    """Turn float x [R, C, H, W] counter-clockwise about its centre, bilinear; what comes from outside is black."""
+    """Rotate float x [R, C, H, W] counter-clockwise about its centre, bilinearly; pixels from outside are black."""
     n, _, height, width = x.shape
     angle = degrees.deg2rad().view(n, 1, 1)
     v = (torch.arange(height, device=x.device) + 0.5 - height / 2).view(1, -1, 1)  # from the centre

@@ -1,25 +1,31 @@
 """Labelled image sets, as uint8 tensors or on disk, and how they are split.
 
 A dataset is one file here with a ``Source`` subclass whose ``read`` parses the files, and one YAML that names it.
-``Source.load`` does the rest, the same for all: subset, carve the validation split, name what is wrong.
+``Source.load`` does the rest, the same for all: it takes a subset, sets the validation split apart, and says what is
+wrong.
 
 Dimensions: N images, C channels, H x W pixels.
 """
 
+import hashlib
+import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from scclr.config import UserError, require
+from scclr.config.errors import UserError, require
 from scclr.datasets import longtail
 from scclr.datasets.files import OnDisk
 from scclr.datasets.longtail import class_counts
+
+CLASS_FOLDERS_ADVICE = "give dataset.root=<a folder with one folder for each class>"
 
 
 @dataclass(frozen=True)
@@ -40,32 +46,22 @@ class ImageSet:
         return ImageSet(images, self.labels.to(device))
 
     def blocks(self, size: int) -> Iterator[Tensor]:
-        """The images in order, at most ``size`` at once, uint8 on the device of the labels."""
+        """The images in order, at most ``size`` at once: uint8 [n, C, H, W] on the device of the labels."""
         if not isinstance(self.images, OnDisk):
             yield from self.images.split(size)
             return
         device = self.labels.device
-        for block in self.images.blocks(size, pin=device.type == "cuda"):
+        for block, _ in self.images.iterate(size, pin=device.type == "cuda"):
             yield block.to(device, non_blocking=True)
-
-
-def with_channels(images: Tensor, channels: int) -> Tensor:
-    """Grey images [B, 1, H, W] repeated over three channels, or colour ones as luma (ITU-R 601), to suit an encoder."""
-    if images.shape[1] == channels:
-        return images
-    if channels == 1:
-        luma = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
-        return (images * luma).sum(1, keepdim=True).round().byte()
-    return images.expand(-1, channels, -1, -1)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What a run sees. Choices are made on ``validation``; ``test`` is touched once, at the end.
+    """What a run sees. Choices are made on ``validation``; ``test`` is used once, at the end.
 
     ``pretrain`` is ``train`` without its labels, unless the dataset has an unlabelled part (STL-10). ``mean`` and
-    ``std`` are per channel, of pixels in [0, 1]. ``refit`` says that ``validation`` is drawn as ``train`` is, so that
-    the final classifier may be fitted on both; a balanced validation split beside a long-tailed ``train`` is not.
+    ``std`` are per channel, of pixels in [0, 1]. ``refit`` says that ``validation`` has the class proportions of
+    ``train``, so that the final classifier may be fitted on both; with a long-tailed ``train`` it has not.
     """
 
     pretrain: ImageSet
@@ -79,7 +75,7 @@ class Splits:
 
     @property
     def groups(self) -> dict[str, list[int]]:
-        """The classes with many, medium and few training images, where these are a long tail."""
+        """The classes with many, medium and few training images; empty unless these are a long tail."""
         return longtail.groups(torch.bincount(self.train.labels, minlength=len(self.classes)).tolist())
 
     def to(self, device: torch.device) -> "Splits":
@@ -91,7 +87,7 @@ class Splits:
 
 
 class Parts(NamedTuple):
-    """What the files hold: the official splits, before any subset. What is missing is carved from train."""
+    """What the files hold: the official splits, before any subset. ``load`` carves missing ones from ``train``."""
 
     train: ImageSet
     test: ImageSet | None
@@ -102,34 +98,34 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):
-    """What every dataset can be asked.
+    """What every dataset has in common.
 
     Args:
         limit: at most this many labelled training images, stratified, validation included (and as many unlabelled).
         classes: keep these labels only, renumbered from 0 in this order.
         validation: share of the training images that is held out to choose on; null where such a split is published.
         test: share of all images that is held out to report on, for a dataset without a test split of its own.
-        split_seed: seed of the carving; runs with another ``seed`` keep the same splits.
+        split_seed: seed of the splits; runs that differ in ``seed`` alone have the same splits.
         mean, std: per channel, of training pixels in [0, 1].
-        imbalance: thin the training images to a long tail, the first class having this many times the images of the
-            last (``longtail.class_counts``, from the smallest class's count). Validation and test images are set
-            apart before and stay as they are; an unlabelled part cannot be thinned.
+        imbalance: thin the training images to a long tail, whose first class has this many times the images of the last
+            (``longtail.class_counts``, from the count of the smallest class). Validation and test images are set apart
+            before, so they are not thinned; nor is an unlabelled part.
         imbalance_profile: ``exponential`` or ``step``.
 
     Raises:
-        ValueError: a share outside (0, 1), fewer than two classes, an imbalance below 1 or without such a profile, or
-            mean and std that do not fit together.
+        ValueError: an argument out of range, or mean and std that do not fit together.
     """
 
-    limit: int | None
-    classes: list[int] | None
+    limit: int | None = None
+    classes: list[int] | None = None
     validation: float | None
-    split_seed: int
+    split_seed: int = 0
     mean: list[float]
     std: list[float]
     test: float | None = None
     imbalance: float | None = None
     imbalance_profile: str = longtail.PROFILES[0]
+    published: ClassVar[bool] = False  # the name says what the data is, and the files are checked by checksum or count
 
     def __post_init__(self) -> None:
         for name, share in (("validation", self.validation), ("test", self.test)):
@@ -139,12 +135,16 @@ class Source(ABC):
             raise ValueError(f"limit={self.limit}: give at least 1 image, or null for all")
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
             raise ValueError(f"classes={self.classes}: give two or more different labels, or null for all")
-        if self.imbalance is not None and self.imbalance < 1:
+        if not 0 <= self.split_seed < 2**32:
+            raise ValueError(f"split_seed={self.split_seed}: give a number from 0 to {2**32 - 1}")
+        if self.imbalance is not None and not 1 <= self.imbalance < math.inf:
             raise ValueError(f"imbalance={self.imbalance}: give the ratio of the largest class to the smallest, from 1")
         if self.imbalance_profile not in longtail.PROFILES:
             raise ValueError(f"imbalance_profile={self.imbalance_profile}: choose {' or '.join(longtail.PROFILES)}")
-        if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
-            raise ValueError(f"mean={self.mean} and std={self.std}: give one of each per channel, std positive")
+        in_range = all(0 <= m <= 1 for m in self.mean) and all(0 < s <= 1 for s in self.std)
+        if not in_range or not 0 < len(self.mean) == len(self.std):
+            advice = "give one of each per channel, mean from 0 to 1, std positive and at most 1"
+            raise ValueError(f"mean={self.mean} and std={self.std}: {advice}")
 
     @abstractmethod
     def read(self) -> Parts:
@@ -154,17 +154,31 @@ class Source(ABC):
             UserError: a missing, truncated or corrupt file; the message names it and what to do.
         """
 
-    def settle(self, data: ImageSet) -> ImageSet:
-        """``data``, the part that is used, as it shall be held: in memory or on disk."""
+    def digest(self) -> str:
+        """What identifies the data besides the arguments but ``root``: a hash, empty for a published dataset.
+
+        Raises:
+            UserError: as ``read``.
+        """
+        root = None if self.published else getattr(self, "root", None)
+        return "" if root is None else hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]
+
+    def materialize(self, data: ImageSet) -> ImageSet:
+        """A split, once it is known which images it has, in the form that is used: in memory or on disk."""
         return data
 
     def load(self) -> Splits:
-        """Read, subset and split. Pure in (files, arguments).
+        """Read, take a subset, split: a function of the files and the arguments alone.
 
         Raises:
-            UserError: as ``read``, or a subset that leaves too few images of a class to split.
+            UserError: as ``read``; fewer than two classes, another number of channels than ``mean`` has, or a subset
+                that leaves too few images of a class to split.
         """
         full, held_out, names, unlabelled, validation = self.read()
+        require(len(names) > 1, f"{len(names)} class: {CLASS_FOLDERS_ADVICE}")
+        channels = full.images.shape[1]
+        message = f"dataset.mean={self.mean}: the images have {channels} channels; give mean and std of each"
+        require(len(self.mean) == channels, message)
         if self.classes is not None:
             outside = [c for c in self.classes if not 0 <= c < len(names)]
             require(not outside, f"dataset.classes={outside}: labels run from 0 to {len(names) - 1}")
@@ -183,7 +197,7 @@ class Source(ABC):
             require(self.validation is not None, advice)
             full, validation = self._carve(full, self.validation or 0, "validation")
         train = full if self.imbalance is None else self._thin(full, self.imbalance, names)
-        train, validation, held_out = (self.settle(part) for part in (train, validation, held_out))
+        train, validation, held_out = (self.materialize(part) for part in (train, validation, held_out))
         pretrain = train
         if unlabelled is not None:
             order = torch.from_numpy(np.random.default_rng(self.split_seed).permutation(len(unlabelled)))
@@ -192,7 +206,7 @@ class Source(ABC):
         return Splits(pretrain, train, validation, held_out, tuple(names), mean, std, refit)
 
     def _thin(self, data: ImageSet, imbalance: float, names: Sequence[str]) -> ImageSet:
-        """A long tail of ``data``: of every class the first images of an order that ``split_seed`` sets."""
+        """A long tail of ``data``: the first images of every class, in an order that depends on ``split_seed``."""
         most = int(torch.bincount(data.labels, minlength=len(names)).min())
         counts = class_counts(most, len(names), imbalance, self.imbalance_profile)
         advice = f"give at most {most}, its images of the smallest class"
@@ -202,21 +216,20 @@ class Source(ABC):
         return data[torch.cat(kept).sort().values]
 
     def _carve(self, data: ImageSet, share: float | int, name: str) -> tuple[ImageSet, ImageSet]:
-        """(rest, a stratified part of that share or count)."""
+        """(the rest, a stratified part that has this share or count of the images)."""
         labels = data.labels.numpy()
         try:
             rest, part = train_test_split(
                 np.arange(len(data)), test_size=share, stratify=labels, random_state=self.split_seed
             )
         except ValueError as error:
-            advice = "give more images, or fewer classes"
-            raise UserError(
-                f"dataset: {len(data)} images are too few for dataset.{name}: {advice} ({error})"
-            ) from error
+            message = f"dataset: {len(data)} images are too few for dataset.{name}"
+            raise UserError(f"{message}: give more images, or fewer classes ({error})") from error
         return data[torch.from_numpy(rest)], data[torch.from_numpy(part)]
 
 
 def _keep(data: ImageSet, classes: Sequence[int]) -> ImageSet:
+    """The images of ``classes``, whose labels become their positions in this list."""
     renumbered = torch.full((int(data.labels.max()) + 1,), -1)
     for new, old in enumerate(classes):
         if old < len(renumbered):

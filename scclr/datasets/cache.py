@@ -1,6 +1,5 @@
 """A set of image files decoded once into one file of uint8, from which batches are gathered without decoding."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,91 +10,101 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
-from scclr.config import UserError, one_line, require
+from scclr.config.errors import UserError, one_line, require
 from scclr.datasets.files import Block, Boxes, Files, OnDisk
+from scclr.datasets.reading import reading
+
+VERSION = 2  # of the pixels: 2 turns images upright and scales 16-bit ones
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mapped(OnDisk):
-    """Squares of ``side`` pixels in one file, mapped into memory and not read into it: [all, 3, side, side].
+    """Squares of ``side`` pixels in one file [total, 3, side, side], which is mapped into memory.
 
-    Training takes the squares, evaluation their centres of S pixels.
+    Training takes the squares, evaluation their centers of S pixels.
     """
 
     path: Path
-    all: int
+    total: int
     side: int
 
-    def read(self, rows: Tensor) -> Block:
+    def read_center(self, rows: Tensor, *, replace_broken: bool = True) -> Block:
         edge = round((self.side - self.size) / 2)
         inside = slice(edge, edge + self.size)
         return Block(self._gather(rows)[..., inside, inside].contiguous(), [])
 
-    def fetch(self, rows: Tensor, boxes: Boxes, side: int) -> Block:
+    def read_crops(self, rows: Tensor, boxes: Boxes, side: int) -> Block:
         return Block(self._gather(rows), [])
 
     def _gather(self, rows: Tensor) -> Tensor:
-        images = np.memmap(self.path, np.uint8, "r", shape=(self.all, 3, self.side, self.side))
-        return torch.from_numpy(np.asarray(images)[self.index[rows].numpy()])  # [n, 3, side, side]
+        squares = np.memmap(self.path, np.uint8, "r", shape=(self.total, 3, self.side, self.side))
+        return torch.from_numpy(np.asarray(squares)[self.index[rows].numpy()])  # [n, 3, side, side]
 
 
-def cached(files: Files, folder: Path) -> tuple[Mapped, Tensor]:
-    """(``files`` as squares of ``files.resize`` pixels in ``folder``, which of them these are), decoded at first use.
+def cached(files: Files, folder: Path, content: str) -> tuple[Mapped, Tensor]:
+    """The readable ones of ``files`` as squares of ``files.resize`` pixels, and a mask of these: bool [N].
 
-    What is there is found by a hash of the files' paths and of the size: delete the folder if files change in place. It
-    is written under another name, so a build that was killed leaves nothing that is taken for whole; other processes
-    wait for it.
+    At first use all files of the set are decoded into ``folder``, also those that ``files`` was indexed to leave out.
+    They are written under another name first, so a build that was killed leaves nothing that looks finished. Other
+    processes wait for the build.
+
+    Args:
+        content: what identifies the images besides their paths; other images are another cache.
 
     Raises:
         UserError: too little free disk, a folder that cannot be written, or a broken image.
     """
-    side, names = files.resize, files.names[files.index.numpy()]
-    digest = hashlib.sha256(f"{files.root.resolve()} {side}\n".encode())
-    digest.update(b"\n".join(names.tolist()))
-    whole = folder / digest.hexdigest()[:16]
+    side, total = files.resize, len(files.names)
+    digest = hashlib.sha256(f"{files.root.resolve()} {side} {VERSION} {content}\n".encode(errors="surrogateescape"))
+    digest.update(b"\n".join(files.names.tolist()))
+    squares = folder / digest.hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(whole.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not whole.exists():
-                _build(files, whole)
-        good = torch.tensor(json.loads((whole / "good.json").read_text()), dtype=torch.int64)
-        found, size = (whole / "images.u8").stat().st_size, len(files) * 3 * side**2
-        require(found == size, f"{whole}: {found:,} bytes instead of {size:,}; delete this folder")
+        with FileLock(squares.with_suffix(".lock")):
+            if not squares.exists():
+                _build(files, squares)
+        good = (squares / "good.json").read_text()
+        found, size = (squares / "images.u8").stat().st_size, total * 3 * side**2
     except OSError as error:
         raise UserError(f"dataset.cache={folder}: {one_line(error)}; give another folder") from error
-    bad = sorted(set(range(len(files))) - set(good.tolist()))
-    named = [os.fsdecode(bytes(names[i])) for i in bad[:1]]
-    corrupt = f"{whole}: {len(bad)} of the files were corrupt when this was made, such as {named}"
-    require(files.skip or not bad, f"{corrupt}; type dataset.on_corrupt=skip, or mend them and delete this folder")
-    path = whole / "images.u8"
-    mapped = Mapped(index=good, size=files.size, workers=files.workers, path=path, all=len(files), side=side)
-    return mapped, good
+    readable = torch.zeros(total, dtype=torch.bool)
+    with reading(squares / "good.json", "it is damaged; delete this folder"):
+        readable[json.loads(good)] = True
+    require(found == size, f"{squares}: {found:,} bytes instead of {size:,}; delete this folder")
+    bad = (~readable).nonzero().squeeze(1).tolist()
+    named = [os.fsdecode(bytes(files.names[i])) for i in bad[:1]]
+    corrupt = f"{squares}: {len(bad)} of the files were corrupt when this was made, such as {named}"
+    require(files.skip or not bad, f"{corrupt}; type dataset.on_corrupt=skip, or replace them and delete this folder")
+    mask = readable[files.index]
+    path = squares / "images.u8"
+    mapped = Mapped(index=files.index[mask], size=files.size, workers=files.workers, path=path, total=total, side=side)
+    return mapped, mask
 
 
-def _build(files: Files, whole: Path) -> None:
-    side, part = files.resize, whole.with_suffix(".part")
-    size, free = len(files) * 3 * side**2, shutil.disk_usage(whole.parent).free
-    what = f"{len(files):,} images of {side} x {side} pixels take {size / 2**30:,.2f} GiB"
-    advice = f"dataset.cache={whole.parent}: {what}, {free / 2**30:,.2f} GiB are free; give another folder or a smaller"
-    require(size < free, f"{advice} dataset.resize")
-    print(f"dataset.cache: {what}, of {free / 2**30:,.2f} free: {whole}", file=sys.stderr)
-    shutil.rmtree(part, ignore_errors=True)  # of a build that was killed
+def _build(files: Files, squares: Path) -> None:
+    side, total, part = files.resize, len(files.names), squares.with_suffix(".part")
+    size, free = total * 3 * side**2, shutil.disk_usage(squares.parent).free
+    need = f"{total:,} images of {side} x {side} pixels take {size / 2**30:,.2f} GiB"
+    advice = "give another folder or a smaller dataset.resize"
+    require(size < free, f"dataset.cache={squares.parent}: {need}, {free / 2**30:,.2f} GiB are free; {advice}")
+    print(f"dataset.cache: {need}, of {free / 2**30:,.2f} free: {squares}", file=sys.stderr)
+    shutil.rmtree(part, ignore_errors=True)  # left by a build that was killed
     part.mkdir()
     try:
-        good = []
+        masks = []
         with open(part / "images.u8", "wb") as file:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up meanwhile costs no decoding
-            for images, readable in replace(files, size=side).squares():
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is noticed before anything is decoded
+            for images, readable in replace(files, size=side, index=torch.arange(total)).iterate(on_error="blank"):
                 file.write(images.numpy().data)
-                good.append(readable)
+                masks.append(readable)
             file.flush()
             os.fsync(file.fileno())
-        (part / "good.json").write_text(json.dumps(torch.cat(good).nonzero().squeeze(1).tolist()))
-        part.rename(whole)
+        (part / "good.json").write_text(json.dumps(torch.cat(masks).nonzero().squeeze(1).tolist()))
+        part.rename(squares)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

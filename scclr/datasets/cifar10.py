@@ -13,9 +13,10 @@ from scclr.datasets.reading import check_files, downloading, reading
 
 @dataclass(frozen=True, kw_only=True)
 class CIFAR10(Source):
-    """Read from ``<root>/cifar-10-batches-py``, which torchvision downloads where it is absent."""
+    """Read from ``<root>/cifar-10-batches-py``, which torchvision downloads if it is absent."""
 
     root: str
+    published: ClassVar[bool] = True
     reader: ClassVar[Any] = Reader
 
     def read(self) -> Parts:

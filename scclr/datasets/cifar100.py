@@ -10,6 +10,6 @@ from scclr.datasets.cifar10 import CIFAR10
 
 @dataclass(frozen=True, kw_only=True)
 class CIFAR100(CIFAR10):
-    """Read from ``<root>/cifar-100-python``, which torchvision downloads where it is absent."""
+    """Read from ``<root>/cifar-100-python``, which torchvision downloads if it is absent."""
 
     reader: ClassVar[Any] = Reader

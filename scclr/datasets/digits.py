@@ -1,6 +1,7 @@
 """scikit-learn's handwritten digits: 1,797 grey images of 8 x 8 pixels, 10 classes, shipped inside its wheel."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from sklearn.datasets import load_digits
@@ -10,7 +11,9 @@ from scclr.datasets import ImageSet, Parts, Source
 
 @dataclass(frozen=True, kw_only=True)
 class Digits(Source):
-    """The default dataset: nothing to download. It has no test split, so ``test`` sets the share that is carved."""
+    """The default dataset: nothing to download. It has no test split, so ``test`` sets the share that is set apart."""
+
+    published: ClassVar[bool] = True
 
     def read(self) -> Parts:
         digits = load_digits()  # values 0..16

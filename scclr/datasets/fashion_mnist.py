@@ -11,7 +11,7 @@ from scclr.datasets.mnist import MNIST
 
 @dataclass(frozen=True, kw_only=True)
 class FashionMNIST(MNIST):
-    """As MNIST, from Debian's folder where it is installed, or ``<root>/FashionMNIST/raw``."""
+    """As MNIST; read from Debian's folder if it is installed, else from ``<root>/FashionMNIST/raw``."""
 
     reader: ClassVar[Any] = Reader
     installed: ClassVar[Path | None] = Path("/usr/share/datasets/fashion-mnist")

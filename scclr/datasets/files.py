@@ -1,40 +1,38 @@
-"""Images that stay on disk, and the worker processes that read them before they are needed.
+"""Images that stay on disk.
 
 Dimensions: N images, n of them in a block, V views, S pixels a side of what is returned.
 """
 
-import ctypes
 import errno
 import os
-import signal
 import sys
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from scclr.config import UserError, one_line
-from scclr.datasets.decode import UNREADABLE, centre, crops
+from scclr.config.errors import UserError, one_line
+from scclr.datasets.decode import UNREADABLE, center_crop, crops, upright_size
+from scclr.datasets.workers import read_ahead
 
-BLOCK = 64  # images that a worker reads at once: 64 x 2 views of 224 x 224 are 19 MB
-ADVICE = "replace or delete this file, or type dataset.on_corrupt=skip"
+IMAGES_PER_JOB = 64  # that a worker reads at once: 64 x 2 views of 224 x 224 are 19 MB
+BROKEN_FILE_ADVICE = "replace or delete this file, or type dataset.on_corrupt=skip"
 
-T = TypeVar("T")
 Boxes = Callable[[Tensor | int, Tensor | int], Tensor]  # (heights, widths) -> [n, V, 4] top, left, height, width
 
 
 class Problem(NamedTuple):
-    """A file that could not be read; ``broken`` if that is the file's fault and not the disk's or the network's."""
+    """Why the file of a block's ``row`` could not be read; ``broken`` unless the disk or the network is to blame."""
 
-    place: int
+    row: int
     path: str
     text: str
     broken: bool
@@ -49,19 +47,23 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OnDisk(ABC):
-    """N colour images on disk, indexed like the tensor that holds them, uint8 [N, 3, S, S]; indexing reads nothing."""
+    """N color images on disk, indexed like the tensor that holds them, uint8 [N, 3, S, S]; indexing reads nothing."""
 
-    index: Tensor  # [N], of all that the files hold
+    index: Tensor  # [N], among all images that the files hold
     size: int
     workers: int
 
     @abstractmethod
-    def read(self, rows: Tensor) -> Block:
-        """Whole images [n, 3, S, S]."""
+    def read_center(self, rows: Tensor, *, replace_broken: bool = True) -> Block:
+        """Whole images, cropped to their center: [n, 3, S, S].
+
+        Args:
+            replace_broken: show another image for a broken file, if such files are skipped; else a black one.
+        """
 
     @abstractmethod
-    def fetch(self, rows: Tensor, boxes: Boxes, side: int) -> Block:
-        """What a step takes of them: [n, V, 3, side, side] views, or whole images [n, 3, R, R]."""
+    def read_crops(self, rows: Tensor, boxes: Boxes, side: int) -> Block:
+        """What a training step takes: views [n, V, 3, side, side], or whole images [n, 3, R, R] to cut them from."""
 
     @property
     def shape(self) -> torch.Size:
@@ -73,166 +75,130 @@ class OnDisk(ABC):
     def __getitem__(self, index: Tensor | slice) -> Self:
         return replace(self, index=self.index[index.cpu() if isinstance(index, Tensor) else index])
 
-    def accept(self, block: Block) -> Tensor:
-        """The images of a block that ``read`` or ``fetch`` made, here or in a worker.
+    def checked_images(self, block: Block) -> Tensor:
+        """The images of a block that ``read_center`` or ``read_crops`` made, in this process or in a worker.
 
         Raises:
             UserError: a file could not be read.
         """
         return block.images
 
-    def read_once(self, rows: Tensor) -> Block:
-        """As ``read``, but with blanks for broken files."""
-        return self.read(rows)
+    def iterate(
+        self, size: int = IMAGES_PER_JOB, *, on_error: str = "replace", pin: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in order, at most ``size`` at once: (uint8 [n, 3, S, S], bool [n]: which files are readable).
 
-    def squares(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in order: (some [n, 3, S, S], bool [n]: whether the image is there)."""
-        job, starts = _Read(self.read_once, len(self), BLOCK), range(0, len(self), BLOCK)
-        for block in tqdm(read_ahead(job, starts, self.workers), "reading images", len(starts), disable=None):
-            good = torch.ones(len(block.images), dtype=torch.bool)
-            good[[problem.place for problem in block.problems]] = False
-            yield self.accept(block), good
+        Args:
+            on_error: ``replace`` broken files as ``read_center`` does, or ``blank`` them, with a progress bar; both
+                only if such files are skipped.
+            pin: copy to page-locked memory.
 
-    def blocks(self, size: int, pin: bool = False) -> Iterator[Tensor]:
-        """All images in order, uint8, at most ``size`` at once."""
-        size = min(size, 4 * BLOCK)  # every worker has two of them under way
+        Raises:
+            UserError: as ``checked_images``.
+        """
+        size = min(size, 4 * IMAGES_PER_JOB)  # every worker holds two blocks
         if len(self) == 0:
-            yield torch.empty(self.shape, dtype=torch.uint8)
-        for block in read_ahead(_Read(self.read, len(self), size), range(0, len(self), size), self.workers, pin):
-            yield self.accept(block)
+            yield torch.empty(self.shape, dtype=torch.uint8), torch.ones(0, dtype=torch.bool)
+        blank = on_error == "blank"
+        starts = range(0, len(self), size)
+        blocks = read_ahead(_CenterJob(self, size, not blank), starts, self.workers, pin)
+        for block in tqdm(blocks, "reading images", len(starts), disable=None if blank else True):
+            readable = torch.ones(len(block.images), dtype=torch.bool)
+            readable[[problem.row for problem in block.problems]] = False
+            yield self.checked_images(block), readable
 
 
 @dataclass(frozen=True)
-class _Read:
-    """Blocks of consecutive rows, by their first one."""
+class _CenterJob:
+    """Reads ``size`` consecutive images, from a given one on."""
 
-    read: Callable[[Tensor], Block]
-    rows: int
+    images: OnDisk
     size: int
+    replace_broken: bool
 
     def __call__(self, first: int) -> Block:
-        return self.read(torch.arange(first, min(first + self.size, self.rows)))
+        rows = torch.arange(first, min(first + self.size, len(self.images)))
+        return self.images.read_center(rows, replace_broken=self.replace_broken)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Files(OnDisk):
     """Image files of any size, decoded whenever they are asked for.
 
-    Whole images have their shorter side resized to ``resize`` (antialiased) and the centre cropped. With ``skip``, the
-    place of a broken file goes to the next readable one of its class, in the order of the files: what a step sees
-    remains a function of (files, seed, step), and its labels remain right. Each is named once, on stderr.
+    Whole images have their shorter side resized to ``resize`` (antialiased) and the center cropped. With ``skip``, a
+    broken file is replaced by the next readable one of its class, in the order of the files: what a step sees remains a
+    function of (files, seed, step), and its labels remain right. Each broken file is named once, on stderr.
     """
 
     root: Path
     names: np.ndarray  # bytes, below root: a list of a million strings would be copied into every worker
-    classes: Tensor  # [all]
+    labels: Tensor  # of all files
     resize: int
     skip: bool
     broken: set[str] = field(default_factory=set)
 
-    def read(self, rows: Tensor) -> Block:
-        return self._decode(rows, lambda _, image: centre(image, self.resize, self.size))
+    def read_center(self, rows: Tensor, *, replace_broken: bool = True) -> Block:
+        return self._decode(rows, lambda _, image: center_crop(image, self.resize, self.size), replace_broken)
 
-    def fetch(self, rows: Tensor, boxes: Boxes, side: int) -> Block:
-        sizes = torch.tensor([self._size(row) for row in rows.tolist()])  # [n, 2]
-        cut = boxes(*sizes.unbind(1))
+    def read_crops(self, rows: Tensor, boxes: Boxes, side: int) -> Block:
+        sizes = [self._size(row) for row in rows.tolist()]
+        own_boxes = boxes(*torch.tensor(sizes).unbind(1))  # [n, V, 4]
 
-        def use(place: int, image: Image.Image) -> Tensor:
-            expected = sizes[place].tolist() == [image.height, image.width]  # not if it replaces another
-            return crops(image, (cut if expected else boxes(image.height, image.width))[place], side)
+        def cut(i: int, image: Image.Image) -> Tensor:
+            size = upright_size(image)  # another one if the image replaces a broken file
+            return crops(image, (own_boxes if size == sizes[i] else boxes(*size))[i], side)
 
-        return self._decode(rows, use)
+        return self._decode(rows, cut)
 
-    def accept(self, block: Block) -> Tensor:
+    def checked_images(self, block: Block) -> Tensor:
         for problem in block.problems:
             if not (self.skip and problem.broken):
-                raise UserError(f"{problem.path}: {problem.text}; {ADVICE}")
+                advice = f"; {BROKEN_FILE_ADVICE}" if problem.broken else ""
+                raise UserError(f"{problem.path}: {problem.text}{advice}")
             if problem.path not in self.broken:
                 self.broken.add(problem.path)
                 print(f"corrupt image {len(self.broken)}: {problem.path}: {problem.text}", file=sys.stderr)
         return block.images
 
-    def read_once(self, rows: Tensor) -> Block:
-        return self._decode(rows, lambda _, image: centre(image, self.resize, self.size), replacing=False)
-
-    def _decode(self, rows: Tensor, use: Callable[[int, Image.Image], Tensor], replacing: bool = True) -> Block:
-        images: list[Tensor | None] = [None] * len(rows)
+    def _decode(self, rows: Tensor, pixels: Callable[[int, Image.Image], Tensor], replace_broken: bool = True) -> Block:
+        """``pixels(i, image)`` of the image in ``rows[i]``, for all of them; black for what cannot be read."""
+        replacing = self.skip and replace_broken
+        images: dict[int, Tensor] = {}
         problems = []
-        for place, row in enumerate(rows.tolist()):
-            for candidate in self._candidates(row) if self.skip and replacing else [row]:
+        for i, row in enumerate(rows.tolist()):
+            for candidate in self._candidates(row) if replacing else [row]:
                 path = self._path(candidate)
                 try:
-                    with Image.open(path) as image:
-                        images[place] = use(place, image)
+                    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+                        images[i] = pixels(i, image)
                     break
                 except UNREADABLE as error:
                     broken = not isinstance(error, OSError) or error.errno in (None, errno.ENOENT)
-                    text = one_line(error).removesuffix(f" {path!r}") or type(error).__name__
-                    problems.append(Problem(place, path, text, broken))
+                    text = one_line(error).removesuffix(repr(path)).rstrip(": ") or type(error).__name__
+                    advice = "" if broken else "; check the disk or the network, and type the command again"
+                    problems.append(Problem(i, path, f"{text}{advice}", broken))
             else:
-                if self.skip and replacing:
-                    problems.append(Problem(place, path, "no readable image of its class is left", False))
-        blank = next((image for image in images if image is not None), torch.zeros(3, self.size, self.size))
-        blank = torch.zeros_like(blank, dtype=torch.uint8)
-        return Block(torch.stack([blank if image is None else image for image in images]), problems)
+                if replacing:
+                    text = "no readable image of its class is left; replace the broken files"
+                    problems.append(Problem(i, path, text, False))
+        black = torch.zeros_like(next(iter(images.values()), torch.empty(3, self.size, self.size, dtype=torch.uint8)))
+        return Block(torch.stack([images.get(i, black) for i in range(len(rows))]), problems)
 
     def _candidates(self, row: int) -> Iterator[int]:
         """``row``; then the others of its class, from the next file on and round to the first."""
         yield row
-        classes = self.classes[self.index]
-        same = (classes == classes[row]).nonzero().squeeze(1)
+        labels = self.labels[self.index]
+        same = (labels == labels[row]).nonzero().squeeze(1)
         distance = (self.index[same] - self.index[row]) % len(self.names)
         yield from same[distance.argsort()][1:].tolist()
 
     def _size(self, row: int) -> tuple[int, int]:
         """(height, width), from the header; (1, 1) of a broken file."""
         try:
-            with Image.open(self._path(row)) as image:
-                return image.height, image.width
+            with warnings.catch_warnings(action="ignore"), Image.open(self._path(row)) as image:
+                return upright_size(image)
         except UNREADABLE:
             return 1, 1
 
     def _path(self, row: int) -> str:
         return str(self.root / os.fsdecode(bytes(self.names[self.index[row]])))
-
-
-def read_ahead(job: Callable[[int], T], keys: Sequence[int], workers: int, pin: bool = False) -> Iterator[T]:
-    """``job(key)`` for all ``keys`` in order, made by as many worker processes ahead of their use (0: in this one).
-
-    Raises:
-        UserError: a worker was killed.
-    """
-    workers = min(workers, len(keys) - 1)  # one job gains nothing from a process of its own
-    # Forked in a moment, also where the process itself was spawned; they never touch CUDA.
-    context = "fork" if workers > 0 and sys.platform == "linux" else None
-    loader = DataLoader(
-        _Jobs(job),
-        batch_size=None,
-        sampler=keys,
-        num_workers=max(0, workers),
-        pin_memory=pin,
-        multiprocessing_context=context,
-        worker_init_fn=_die_with_parent,
-        generator=torch.Generator(),  # the default draws from the global one
-    )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        advice = "type a smaller dataset.workers, or give more shared memory (docker run --shm-size=8g)"
-        raise UserError(f"{one_line(error)}; {advice}") from error
-
-
-def _die_with_parent(worker: int) -> None:
-    """A worker left over by a killed process would hold that one's locks, until PyTorch notices after 5 seconds."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-class _Jobs(Dataset[T]):
-    def __init__(self, job: Callable[[int], T]) -> None:
-        self.job = job
-
-    def __getitem__(self, key: int) -> T:
-        return self.job(key)

@@ -1,44 +1,49 @@
-"""Any tree of image files with one folder per class."""
+"""Any tree of image files with one folder for each class."""
 
+import hashlib
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property, lru_cache
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from scclr.config import require
-from scclr.datasets import ImageSet, Parts, Source
+from scclr.config.errors import require
+from scclr.datasets import CLASS_FOLDERS_ADVICE, ImageSet, Parts, Source
 from scclr.datasets.cache import cached
 from scclr.datasets.files import Files, OnDisk
+from scclr.datasets.listing import class_folders, list_images
 from scclr.datasets.reading import reading
+from scclr.run.machine import available_cores
 
-ADVICE = "give dataset.root=<a folder with one folder of images per class>"
 MOST_WORKERS = 16  # of one process, where dataset.workers leaves their number open
+MOST_PIXELS = 10_000  # on a side: an image of three bytes a pixel takes 300 MB
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder(Source):
     """``<root>/<class>/*.jpg``, or ``<root>/train/<class>/*`` with ``<root>/test`` or ``<root>/val`` beside it.
 
-    An image is decoded to RGB, its shorter side resized to ``resize`` (antialiased) and its centre cropped. In a tree
-    without a test folder, ``test`` sets the share that is carved.
+    An image is decoded to RGB and turned upright, its shorter side resized to ``resize`` (antialiased) and its center
+    cropped. In a tree without a test folder, ``test`` sets the share that is set apart.
 
     Args:
-        image_size: side of the images, and of their views.
-        resize: the shorter side before the centre crop; null is ``image_size``.
-        in_memory: decode all once and hold them as uint8; random crops are then taken from the squares. If false, files
-            are decoded whenever a batch needs them and random crops are taken from the whole image.
-        cache: folder in which to keep the squares, of ``resize`` pixels and of all files, whatever part is used; random
-            crops are taken from these.
+        image_size: side of the images and of their views.
+        resize: the shorter side before the center crop; null is ``image_size``.
+        in_memory: decode all images once and hold them as uint8; random crops are then taken from the squares. If
+            false, files are decoded whenever a batch needs them and random crops are taken from the whole image.
+        cache: folder in which to keep all images of the tree as squares of ``resize`` pixels. Random crops are then
+            taken from these. A tree with another digest gets another cache.
         on_corrupt: ``refuse`` a file that cannot be decoded, or ``skip`` it.
-        workers: processes that read; null is one per core, shared among the processes of a node. Not in the run's name.
+        workers: number of processes that read; null is one for each core, shared among the processes of a node. It does
+            not change the identity of a run.
 
     Raises:
-        ValueError: a size below 1, ``resize`` below ``image_size``, or another ``on_corrupt``.
+        ValueError: a size or a number out of range, ``resize`` below ``image_size``, or another ``on_corrupt``.
     """
 
     root: str
@@ -51,76 +56,129 @@ class ImageFolder(Source):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.image_size < 1:
-            raise ValueError(f"image_size={self.image_size}: give a number of pixels")
-        if self.resize is not None and self.resize < self.image_size:
-            raise ValueError(f"resize={self.resize}: give at least image_size={self.image_size}")
+        if not 1 <= self.image_size <= MOST_PIXELS:
+            raise ValueError(f"image_size={self.image_size}: give a number of pixels from 1 to {MOST_PIXELS}")
+        if self.resize is not None and not self.image_size <= self.resize <= MOST_PIXELS:
+            advice = f"give at least image_size={self.image_size} and at most {MOST_PIXELS}"
+            raise ValueError(f"resize={self.resize}: {advice}")
         if self.on_corrupt not in ("refuse", "skip"):
             raise ValueError(f"on_corrupt={self.on_corrupt}: choose refuse or skip")
-        if self.workers is not None and self.workers < 0:
+        if self.workers is not None and not 0 <= self.workers <= 1000:
             raise ValueError(f"workers={self.workers}: give a number of processes, or 0 to read in this one")
 
     def read(self) -> Parts:
         root = Path(self.root)
-        require(root.is_dir(), f"{root}: no such folder; give dataset.root=<a folder with one folder per class>")
-        if not (root / "train").is_dir():
+        require(os.path.isdir(root), f"{root}: no such folder; {CLASS_FOLDERS_ADVICE}")
+        if not os.path.isdir(root / "train"):
             full, classes = self.tree(root)
             return Parts(full, None, classes)
         train, classes = self.tree(root / "train")
         for name in ("test", "val"):
-            if (root / name).is_dir():
+            if os.path.isdir(root / name):
                 test, test_classes = self.tree(root / name)
                 require(test_classes == classes, f"{root / name}: its class folders are not those of {root / 'train'}")
                 return Parts(train, test, classes)
         return Parts(train, None, classes)
 
-    def settle(self, data: ImageSet) -> ImageSet:
+    def digest(self) -> str:
+        """A hash of the part, the path below the part's folder, the size in bytes and the class of every image file.
+
+        Two copies of a tree have the same digest. A file that is replaced by another one of the same size is not
+        noticed.
+        """
+        if self.published:
+            return ""
+        parts, rows = self.read(), []
+        for part, data in (("train", parts.train), ("test", parts.test), ("validation", parts.validation)):
+            if data is None:
+                continue
+            assert isinstance(data.images, Files)
+            root, names = data.images.root, data.images.names.tolist()
+            with reading(root, CLASS_FOLDERS_ADVICE):
+                for name, label in zip(names, data.labels.tolist(), strict=True):
+                    size = os.stat(os.path.join(os.fsencode(root), name)).st_size
+                    rows.append((part.encode(), name, b"%d" % size, os.fsencode(parts.classes[label])))
+        content = b"".join(field + b"\0" for row in sorted(rows) for field in row)
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    @cached_property
+    def _content(self) -> str:
+        return self.digest()  # once for all splits
+
+    def materialize(self, data: ImageSet) -> ImageSet:
+        if self.cache is not None and isinstance(data.images, Files):
+            mapped, readable = cached(data.images, Path(self.cache), self._content)
+            data = ImageSet(mapped, data.labels[readable])
         if not (self.in_memory and isinstance(data.images, OnDisk)):
             return data
-        images, there = torch.empty(data.images.shape, dtype=torch.uint8), torch.ones(len(data), dtype=torch.bool)
-        first = 0
-        for part, good in data.images.squares():
-            block = slice(first, first := first + len(part))
-            images[block], there[block] = part, good
-        return ImageSet(images, data.labels) if there.all() else ImageSet(images, data.labels)[there]
+        images, readable = torch.empty(data.images.shape, dtype=torch.uint8), torch.ones(len(data), dtype=torch.bool)
+        start = 0
+        for part, mask in data.images.iterate(on_error="blank"):
+            block = slice(start, start := start + len(part))
+            images[block], readable[block] = part, mask
+        return ImageSet(images, data.labels) if readable.all() else ImageSet(images, data.labels)[readable]
 
     def tree(
-        self, folder: Path, classes: list[str] | None = None, *, wanted: int | None = None, advice: str = ADVICE
+        self,
+        folder: Path,
+        classes: list[str] | None = None,
+        *,
+        wanted: int | None = None,
+        advice: str = CLASS_FOLDERS_ADVICE,
     ) -> tuple[ImageSet, list[str]]:
         """The image files in the folders ``classes`` of ``folder``, or in all of its folders, and these classes.
+
+        Files of other kinds are counted on stderr, unless the dataset is a published one.
 
         Raises:
             UserError: a folder is missing or empty, or there are not as many images as ``wanted``.
         """
         with reading(folder, advice):
-            classes = classes or find_classes(str(folder))[0]
-            missing = [name for name in classes if not (folder / name).is_dir()]
+            classes = classes or class_folders(folder)
+            missing = [name for name in classes if not os.path.isdir(folder / name)]
             require(not missing, f"{folder}: {len(missing)} class folders are missing, such as {missing[:1]}; {advice}")
-            samples = make_dataset(str(folder), {name: c for c, name in enumerate(classes)}, IMG_EXTENSIONS)
-        count = f"{folder}: {len(samples):,} images instead of {wanted or 0:,}"
-        require(wanted in (None, len(samples)), f"{count}; unpack it anew, or type dataset=imagefolder for any tree")
-        names = [os.path.relpath(path, folder) for path, _ in samples]
-        return self.image_set(folder, names, torch.tensor([c for _, c in samples])), classes
+            names, labels, others = list_images(folder, classes)
+        count = f"{folder}: {len(names):,} images instead of {wanted or 0:,}"
+        require(wanted in (None, len(names)), f"{count}; unpack it anew, or type dataset=imagefolder for any tree")
+        require(bool(classes), f"{folder}: no class folders; {advice}")
+        empty = [classes[label] for label in sorted({*range(len(classes))} - {*labels})]
+        what = f"{len(empty)} class folders have no images of their own, such as {empty[:1]}"
+        require(not empty, f"{folder}: {what}; {advice}")
+        if others and not self.published:
+            kinds = ", ".join(f"{kind} {n:,}" for kind, n in others.most_common(5))
+            _say_once(f"{folder}: {others.total():,} files of other kinds are left out ({kinds})")
+        return self.image_set(folder, names, torch.tensor(labels)), classes
 
     def image_set(self, folder: Path, names: Sequence[str], labels: Tensor) -> ImageSet:
-        """The files ``names`` below ``folder``, or their cache."""
+        """The files ``names`` below ``folder``."""
         files = Files(
             index=torch.arange(len(names)),
             size=self.image_size,
-            workers=min(_cores(), MOST_WORKERS) if self.workers is None else self.workers,
+            workers=default_workers() if self.workers is None else self.workers,
             root=folder,
             names=np.array([os.fsencode(name) for name in names]),
-            classes=labels,
+            labels=labels,
             resize=self.resize or self.image_size,
             skip=self.on_corrupt == "skip",
         )
-        if self.cache is None:
-            return ImageSet(files, labels)
-        mapped, which = cached(files, Path(self.cache))
-        return ImageSet(mapped, labels[which])
+        return ImageSet(files, labels)
 
 
-def _cores() -> int:
-    """Of this process, shared with the others that torchrun started on the node."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+def default_workers() -> int:
+    """This process's share of the cores, among the processes that torchrun started on the node."""
+    value = os.environ.get("LOCAL_WORLD_SIZE", "")
+    processes = max(1, int(value)) if value.isdecimal() else 1
+    return min(max(1, available_cores() // processes), MOST_WORKERS)
+
+
+def refuse_outside(source: Path, names: Sequence[str], advice: str) -> None:
+    """Raise ``UserError`` if a path in the list ``source`` leaves the folder that it starts from."""
+    outside = [n for n in names if PurePosixPath(n).is_absolute() or ".." in PurePosixPath(n).parts]
+    require(not outside, f"{source}: {outside[:1]} lies outside its folder; {advice}")
+
+
+@lru_cache
+def _say_once(line: str) -> None:
+    """Print to stderr, once on a node."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr)

@@ -24,7 +24,7 @@ n04229816 n02100583 n03642806 n04336792 n03259280 n02116738 n02108089 n03424325 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNet100(ImageNet):
-    """Read from the folders of its classes in ImageNet-1k's tree, or in one that holds these alone."""
+    """Read from ImageNet-1k's tree, or from one that has the folders of these classes alone."""
 
     counts: ClassVar[tuple[int, int]] = (126_689, 5_000)
 

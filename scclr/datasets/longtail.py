@@ -5,17 +5,15 @@ Dimensions: K classes.
 
 from collections.abc import Sequence
 
-LEAST = 10  # the mildest imbalance of the literature (Cui et al. 2019, table 2)
+LONG_TAIL = 10  # the mildest ratio of largest to smallest class in the literature (Cui et al. 2019, table 2)
 PROFILES = ("exponential", "step")
-GROUPS = ("many", "medium", "few")
-MANY, FEW = (
-    100,
-    20,
-)  # many: more than 100 training images; few: fewer than 20; medium: between (Liu et al. 2019, sec. 4)
+# Many: more than 100 training images; few: fewer than 20; medium: between (Liu et al. 2019, sec. 4).
+MANY, FEW = 100, 20
+SHOT_GROUPS = ("many", "medium", "few")
 
 
 def class_counts(most: int, classes: int, imbalance: float, profile: str) -> list[int]:
-    """Images of each of ``classes`` classes, ``most`` of the first and ``most / imbalance`` of the last, rounded down.
+    """The number of images of each class: ``most`` of the first, ``most / imbalance`` of the last, rounded down.
 
     ``exponential``: ``n_c = most mu^(c / (K - 1))`` with ``mu = 1 / imbalance`` (Cui et al. 2019, sec. 5.1; Cao et al.
     2019, sec. 4). ``step``: ``most`` of the first half of the classes, ``most mu`` of the others (Buda et al. 2018,
@@ -29,9 +27,12 @@ def class_counts(most: int, classes: int, imbalance: float, profile: str) -> lis
 
 
 def groups(counts: Sequence[int]) -> dict[str, list[int]]:
-    """The classes with many, medium and few training images; empty where ``counts`` differ by less than ``LEAST``."""
-    if max(counts) < LEAST * min(counts):
+    """The classes with many, medium and few training images.
+
+    Empty unless the largest class has at least ``LONG_TAIL`` times the images of the smallest.
+    """
+    if max(counts) < LONG_TAIL * min(counts):
         return {}
     names = ["many" if n > MANY else "few" if n < FEW else "medium" for n in counts]
-    members = {group: [c for c, name in enumerate(names) if name == group] for group in GROUPS}
+    members = {group: [c for c, name in enumerate(names) if name == group] for group in SHOT_GROUPS}
     return {group: classes for group, classes in members.items() if classes}

@@ -11,20 +11,21 @@ from torch import Tensor
 from torchvision.datasets import MNIST as Reader
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
-from scclr.config import require
+from scclr.config.errors import require
 from scclr.datasets import ImageSet, Parts, Source
 from scclr.datasets.reading import downloading, reading
 
 
 @dataclass(frozen=True, kw_only=True)
 class MNIST(Source):
-    """The four idx files, gzipped or not, of ``root``; a null one is ``installed`` if that is there, else ``data``.
+    """Read from four idx files, gzipped or not, in ``root``. null means ``installed`` if that exists, else ``data``.
 
-    They lie in ``root`` itself or in ``<root>/MNIST/raw``, where torchvision downloads (and checksums) them if there
-    are none. Gzip's CRC-32 guards packed files: Debian packs its own anew, so torchvision's MD5 does not apply.
+    They lie in ``root`` itself or in ``<root>/MNIST/raw``, where torchvision downloads (and checks) them if there are
+    none. Packed files are checked by gzip's CRC-32: Debian packs them anew, so torchvision's MD5 does not apply.
     """
 
     root: str | None
+    published: ClassVar[bool] = True
     reader: ClassVar[Any] = Reader
     installed: ClassVar[Path | None] = None
     advice: ClassVar[str] = "give dataset.root=<the folder of the four idx files>, or a network to download them"

@@ -1,4 +1,4 @@
-"""What reading and downloading files have in common: a failure says which file, and what to do."""
+"""Failures to read or download files become errors that say which file, and what to do."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchvision.datasets.utils import check_integrity
 
-from scclr.config import UserError, one_line, require
+from scclr.config.errors import UserError, one_line, require
 
 
 def check_files(folder: Path, files: Sequence[tuple[str, str | None]], advice: str) -> None:
@@ -21,7 +21,7 @@ def check_files(folder: Path, files: Sequence[tuple[str, str | None]], advice: s
 
 @contextmanager
 def downloading(folder: Path, advice: str) -> Iterator[None]:
-    """``reading`` for a download into ``folder``; folders that it made and left empty are removed if it fails."""
+    """``reading`` for a download into ``folder``; if it fails, folders that it made and left empty are removed."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with reading(folder, advice):
@@ -38,5 +38,5 @@ def reading(path: Path, advice: str) -> Iterator[None]:
     """Any failure to read or download inside the block becomes a ``UserError`` that names ``path`` and ``advice``."""
     try:
         yield
-    except (OSError, EOFError, RuntimeError, ValueError, AssertionError, KeyError, zlib.error) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, AssertionError, LookupError, zlib.error) as error:
         raise UserError(f"{path}: {one_line(error) or type(error).__name__}; {advice}") from error

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torchvision.datasets import STL10 as Reader
@@ -14,11 +15,12 @@ from scclr.datasets.reading import check_files, downloading, reading
 class STL10(Source):
     """Pretrains on the unlabelled split (2.6 GiB of uint8), probes on the labelled one.
 
-    Read from ``<root>/stl10_binary``, which torchvision downloads where it is absent. ``classes`` selects among the
+    Read from ``<root>/stl10_binary``, which torchvision downloads if it is absent. ``classes`` selects among the
     labelled images only.
     """
 
     root: str
+    published: ClassVar[bool] = True
 
     def read(self) -> Parts:
         root = Path(self.root)

@@ -2,23 +2,25 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torchvision.datasets import SVHN as Reader
 
-from scclr.config import require
+from scclr.config.errors import require
 from scclr.datasets import ImageSet, Parts, Source
 from scclr.datasets.reading import check_files, downloading, reading
 
 
 @dataclass(frozen=True, kw_only=True)
 class SVHN(Source):
-    """Read from ``<root>/train_32x32.mat`` and ``test_32x32.mat``, which torchvision downloads where both are absent.
+    """Read from ``<root>/train_32x32.mat`` and ``test_32x32.mat``, which torchvision downloads if both are absent.
 
     The 531,131 easier ``extra`` images are not used.
     """
 
     root: str
+    published: ClassVar[bool] = True
 
     def read(self) -> Parts:
         root = Path(self.root)

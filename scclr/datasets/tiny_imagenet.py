@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torchvision.datasets.utils import download_and_extract_archive
 
-from scclr.config import require
+from scclr.config.errors import require
 from scclr.datasets import Parts
-from scclr.datasets.imagefolder import ImageFolder
+from scclr.datasets.imagefolder import ImageFolder, refuse_outside
 from scclr.datasets.reading import downloading, reading
 
 FOLDER = "tiny-imagenet-200"
@@ -18,12 +18,13 @@ URL, MD5 = f"http://cs231n.stanford.edu/{FOLDER}.zip", "90528d7ca1a48142e341f4ef
 
 @dataclass(frozen=True, kw_only=True)
 class TinyImageNet(ImageFolder):
-    """Read from ``<root>/tiny-imagenet-200`` as it comes out of its zip, which is downloaded where it is absent.
+    """Read from ``<root>/tiny-imagenet-200`` as it comes out of its zip, which is downloaded if it is absent.
 
     The official validation images, named in ``val/val_annotations.txt``, are the test split; those of ``test`` have no
     labels. Classes are in the order of their WordNet ids, as in a folder listing, and named by their first word.
     """
 
+    published: ClassVar[bool] = True
     counts: ClassVar[tuple[int, int]] = (100_000, 10_000)
 
     def read(self) -> Parts:
@@ -31,14 +32,15 @@ class TinyImageNet(ImageFolder):
         if not folder.exists():
             with downloading(Path(self.root), f"give dataset.root=<the folder that holds {FOLDER}>, or a network"):
                 download_and_extract_archive(URL, self.root, md5=MD5, remove_finished=True)
-        advice = f"delete {folder} to download it again"
+        advice, notes = f"delete {folder} to download it again", folder / "val" / "val_annotations.txt"
         with reading(folder, advice):
             ids = sorted((folder / "wnids.txt").read_text().split())
             words = dict(line.split("\t") for line in (folder / "words.txt").read_text().splitlines())
             classes = [words[name].split(",")[0] for name in ids]
-            lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+            lines = notes.read_text().splitlines()
             names, labels = zip(*((line.split("\t")[0], ids.index(line.split("\t")[1])) for line in lines), strict=True)
-        count = f"{folder / 'val' / 'val_annotations.txt'}: {len(names):,} lines instead of {self.counts[1]:,}"
-        require(len(names) == self.counts[1], f"{count}; {advice}")
+        count = f"{len(names):,} lines instead of {self.counts[1]:,}"
+        require(len(names) == self.counts[1], f"{notes}: {count}; {advice}")
+        refuse_outside(notes, [*ids, *names], advice)
         train, _ = self.tree(folder / "train", ids, wanted=self.counts[0], advice=advice)
         return Parts(train, self.image_set(folder / "val" / "images", names, torch.tensor(labels)), classes)

@@ -1,1 +1,1 @@
-"""Encoders: images [B, C, H, W] to representations h [B, feature_dim]. One family per file."""
+"""Encoders: images [B, C, H, W] to representations h [B, feature_dim], one family per file."""

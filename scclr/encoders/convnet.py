@@ -1,4 +1,4 @@
-"""A small residual network that is worth running on a CPU."""
+"""A small residual network that trains in minutes on a CPU."""
 
 from collections import OrderedDict
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with batch normalisation and a shortcut (He et al. 2016, fig. 5 left)."""
+    """Two 3x3 convolutions with batch normalization and a shortcut (He et al. 2016, fig. 5 left)."""
 
     def __init__(self, width_in: int, width_out: int, stride: int) -> None:
         super().__init__()
@@ -22,21 +22,21 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)), inplace=True)  # batch norm does not need its output again
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)  # the backward pass of batch norm does not need its output
         y = self.norm2(self.conv2(y)).add_(self.shortcut(x))
         return F.relu(y, inplace=True)
 
 
 class ConvNet(nn.Module):
-    """A 3x3 stem, one residual block per width (halving the resolution from the second on), global average pooling.
+    """A 3x3 stem, one residual block per width, and global average pooling; every block but the first halves the
+    resolution.
 
     Args:
-        in_channels: channels of the images.
-        widths: channels of each block; the last is ``feature_dim``.
-        stem_stride: stride of the stem; 2 quarters the work on images above 16 pixels.
+        widths: channels of each block; the last one is ``feature_dim``.
+        stem_stride: 1, or 2 for a quarter of the work; that suits images above 16 pixels.
 
     Raises:
-        ValueError: no widths, a width below 1, or a stride other than 1 and 2.
+        ValueError: for no widths, a width below 1, or a stride other than 1 and 2.
     """
 
     def __init__(self, *, in_channels: int, widths: list[int], stem_stride: int) -> None:

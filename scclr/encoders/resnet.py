@@ -1,25 +1,24 @@
-"""torchvision's residual networks with a stem that suits the image size."""
+"""The residual networks of torchvision with a stem that suits the size of the images."""
 
 import warnings
 
 import torchvision
 from torch import Tensor, nn
 
-SMALL_IMAGE = 64  # pixels; up to here the stem is SimCLR's for CIFAR-10 (Chen et al. 2020, app. B.9)
+SMALL_IMAGE = 64  # pixels; up to this size the stem is SimCLR's for CIFAR-10 (Chen et al. 2020, app. B.9)
 
 
 class ResNet(nn.Module):
     """ResNet-18, -34 or -50 without its classifier.
 
     Args:
-        in_channels: 1 or 3.
-        image_size: pixels a side; chooses the stem when it is ``auto``.
+        image_size: pixels on a side.
         depth: 18, 34 or 50.
-        stem: ``small`` (3x3, stride 1, no max-pool), ``imagenet`` (7x7, stride 2, max-pool), or ``auto``: small up to
-            64 pixels. An ``imagenet`` stem on a small image leaves little to see, so it warns.
+        stem: ``small`` (3x3, stride 1, no max-pooling), ``imagenet`` (7x7, stride 2, max-pooling), or ``auto``, which
+            is small up to 64 pixels. An ``imagenet`` stem on such images warns: it leaves only a few pixels.
 
     Raises:
-        ValueError: another depth or stem.
+        ValueError: for another depth or stem.
     """
 
     def __init__(self, *, in_channels: int, image_size: int, depth: int, stem: str) -> None:

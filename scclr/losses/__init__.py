@@ -1,71 +1,74 @@
-"""Contrastive losses as attraction + repulsion. One loss per file; each is called as ``loss(z1, z2)``.
+"""Contrastive losses as a sum of attraction and repulsion. One loss per file; each is called as ``loss(z1, z2)``.
 
-Dimensions: B images, V >= 2 views z1, z2, ... [B, P] with unit rows; s = z z^T are cosine similarities of the N = VB
-views, tau the temperature.
+Dimensions: B images, V >= 2 views z1, z2, ... [B, P] with unit rows. s = z z^T are the cosine similarities of all
+N = VB views, and tau is the temperature.
 
     A   = mean_i mean_p -s_{ip} / tau                  attraction to the other views p of the same image
     R   = mean_i log sum_{k != i} exp(s_{ik} / tau)    repulsion from all other views
 
-These are the terms of NT-Xent; every other loss states its own. ``total = 2 (alpha A + (1 - alpha) R)`` in all of
-them, so that alpha = 0.5 is the plain sum A + R.
+These are the terms of NT-Xent; every other loss states its own. In all of them ``total = 2 (alpha A + (1 - alpha) R)``,
+so alpha = 0.5 is the plain sum A + R.
 """
 
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from scclr.losses.anchors import Anchors, Keys
+from scclr.losses.anchors import Anchors, GlobalBatch
 from scclr.losses.pairs import full_precision
 
-__all__ = ["Anchors", "Keys", "Loss", "LossTerms", "Softmax", "balance", "check_alpha", "check_positive"]
+__all__ = [
+    "Anchors", "GlobalBatch", "LogSumExpForm", "Loss", "LossTerms", "balance", "check_alpha", "check_positive",
+    "check_range",
+]  # fmt: skip
 
 
 class LossTerms(NamedTuple):
-    """Scalars: ``total`` is what is minimised; ``attract`` and ``repel`` are the terms A and R it is made of."""
+    """Scalars: ``total`` is minimized; ``attract`` and ``repel`` are the terms A and R that it is made of."""
 
     total: Tensor
     attract: Tensor
     repel: Tensor
 
 
-class Softmax(NamedTuple):
-    """A loss that repels by the log-sum-exp of cosine similarities: at which temperature, and over which views."""
+class LogSumExpForm(NamedTuple):
+    """The repulsion of a loss whose R is a log-sum-exp of cosine similarities."""
 
-    temperature: float | Tensor
-    decoupled: bool  # over views of other images only, instead of all other views
+    temperature: float
+    decoupled: bool  # the sum leaves out the views of the anchor's own image
 
 
 class Loss(nn.Module):
-    """A loss is called as ``loss(*views, labels=None, keys=None)``; a file here says what its ``terms`` are.
+    """A loss is called as ``loss(*views, labels=None, global_batch=None)``; every subclass defines its ``terms``.
 
-    Views are V >= 2 tensors [B, P]. ``labels``, int64 [B], one per image, are read by supervised losses only. A call
-    computes in float32 or wider, changes no state, does not wait for the device, and lets NaN through to ``total``.
+    The views are V >= 2 tensors [B, P]. ``labels``, int64 [B], holds one class per image; only supervised losses read
+    it. A call computes in float32 or wider, keeps no state, does not wait for the device, and lets NaN through to
+    ``total``.
 
     Raises:
-        ValueError: on call, shapes that do not fit, missing labels, or fewer images than the loss is defined for.
+        ValueError: on call, if shapes do not fit, labels are missing, or the images are too few for the loss.
     """
 
-    supervised: ClassVar[bool] = False  # it reads labels: an oracle, not a self-supervised method
+    supervised: ClassVar[bool] = False  # the loss reads labels, so it is an oracle and not a self-supervised method
     least_images: ClassVar[int] = 1
-    alpha: float = 0.5  # the balance: a schedule may change it between calls of the losses that take one
+    alpha: float = 0.5  # the balance; a schedule may change it between calls
 
-    def forward(self, *views: Tensor, labels: Tensor | None = None, keys: Keys | None = None) -> LossTerms:
-        anchors = Anchors(views, labels, keys)
+    def forward(
+        self, *views: Tensor, labels: Tensor | None = None, global_batch: GlobalBatch | None = None
+    ) -> LossTerms:
+        anchors = Anchors(views, labels, global_batch)
         if anchors.images < self.least_images:
             raise ValueError(f"{type(self).__name__} needs {self.least_images} images or more, not {anchors.images}")
         with full_precision(anchors.z.device):
             return self.terms(anchors)
 
     def terms(self, anchors: Anchors) -> LossTerms:
-        """Scalars in nats, from float32 or wider."""
+        """Scalars in nats, computed in float32 or wider."""
         raise NotImplementedError
 
-    def softmax(self) -> Softmax | None:
-        """What the theory of thresholds needs to know; None for a loss of another form."""
+    def logsumexp_form(self) -> LogSumExpForm | None:
+        """The form that the theory of thresholds is about, or None for a loss of another form."""
         return None
-
-    def update(self, *views: Tensor, labels: Tensor) -> None:
-        """What to remember after a step on the views and labels of all processes; most losses remember nothing."""
 
 
 def balance(alpha: float, attract: Tensor, repel: Tensor) -> LossTerms:
@@ -79,8 +82,13 @@ def check_alpha(alpha: float | None) -> None:
         raise ValueError(f"alpha={alpha}: the balance is a number in [0, 1]; alpha=0.5 is A + R")
 
 
-def check_positive(**values: float) -> None:
-    """Raise ``ValueError`` unless every value is positive and finite."""
+def check_range(least: float, greatest: float, **values: float) -> None:
+    """Raise ``ValueError`` unless every value is a number in [least, greatest]."""
     for name, value in values.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value}: give a positive number, such as 0.5")
+        if not least <= value <= greatest:
+            raise ValueError(f"{name}={value}: give a number from {least:g} to {greatest:g}")
+
+
+def check_positive(**values: float) -> None:
+    """Raise ``ValueError`` unless every value is in [1e-6, 1e6], where all losses are finite in float32."""
+    check_range(1e-6, 1e6, **values)

@@ -13,11 +13,11 @@ class AlignUniformLoss(Loss):
 
     A = mean |z_i - z_p|^2;    R = mean over views of log mean_{i != k} exp(-t |z_i - z_k|^2), i and k in one view.
 
-    On unit rows, |z_i - z_k|^2 = 2 - 2 s_ik. R is the logarithm of a mean over all images, not a mean over anchors:
-    with ``keys``, every process computes it in full.
+    On unit rows |z_i - z_k|^2 = 2 - 2 s_ik. R is the logarithm of a mean over all images and not a mean over anchors,
+    so every process computes all of it.
 
     Raises:
-        ValueError: alpha outside [0, 1], or a t that is not positive; on call, a batch of one image.
+        ValueError: if alpha is outside [0, 1] or t outside [1e-6, 1e6]; on call, for a batch of one image.
     """
 
     least_images = 2
@@ -32,5 +32,5 @@ class AlignUniformLoss(Loss):
         attract = 2 - 2 * anchors.positives().mean()
         pairs = anchors.images * (anchors.images - 1)
         # exp(-t |z_i - z_k|^2) = exp(2 t s_ik) exp(-2 t)
-        sums = [row_logsumexp(view, 1 / (2 * self.t)).logsumexp(0) for view in anchors.there]
+        sums = [row_logsumexp(view, 1 / (2 * self.t)).logsumexp(0) for view in anchors.all_views]
         return balance(self.alpha, attract, torch.stack(sums).mean() - 2 * self.t - math.log(pairs))

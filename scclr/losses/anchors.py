@@ -1,6 +1,7 @@
-"""What a loss compares: the views of a batch as anchors, and everybody's views as their keys.
+"""The pairs that a loss compares: every view of this process is an anchor, every view of all processes is a key.
 
-Dimensions: V views of B images here [B, P] and of G images in all processes [G, P]; without other processes G = B.
+Dimensions: V views of the B images of this process [B, P], and of the G images of all processes [G, P]. A single
+process has G = B.
 """
 
 from typing import NamedTuple
@@ -11,85 +12,88 @@ from torch import Tensor
 from scclr.losses.pairs import row_logsumexp, widen
 
 
-class Keys(NamedTuple):
-    """What all processes hold together, for a loss that computes only its own process's anchors.
+class GlobalBatch(NamedTuple):
+    """What all processes hold together, for a loss that computes only the anchors of its own process.
 
-    The mean of ``loss(*views, labels=labels, keys=keys)`` over processes with equally many images is the loss of one
-    process on everything: in value and, where the gather that made ``views`` is differentiable, in gradient.
+    Take the mean of ``loss(*views, labels=labels, global_batch=global_batch)`` over processes with equally many images.
+    It is the loss that a single process computes from all images. The gradients agree too if ``views`` come from a
+    differentiable gather.
     """
 
-    views: tuple[Tensor, ...]  # V tensors [G, P], of all G images
+    views: tuple[Tensor, ...]  # V tensors [G, P]
     labels: Tensor | None  # int64 [G]
-    start: int  # where this process's B images begin among the G
+    start: int  # the images of this process are start, ..., start + B - 1 among the G
 
 
 class Anchors:
-    """``z`` [VB, P] are compared with ``pool`` [VG, P]; both hold one view after the other, in float32 or wider.
+    """Anchors ``z`` [VB, P] and the ``keys`` [VG, P] that they are compared with, in float32 or wider.
 
-    ``view`` and ``image``, int64 [VG], number the pool's rows and their images. ``place`` [VB] is where the anchors are
-    in the pool.
+    Both hold all first views, then all second views, and so on. ``row_id`` and ``image``, int64 [VG], are the number
+    and the image of every key. ``anchor_rows`` [VB] are the rows of the anchors among the keys.
 
     Raises:
-        ValueError: views or keys that do not fit together.
+        ValueError: if the views and the global batch do not fit together.
     """
 
-    def __init__(self, views: tuple[Tensor, ...], labels: Tensor | None = None, keys: Keys | None = None) -> None:
+    def __init__(
+        self, views: tuple[Tensor, ...], labels: Tensor | None = None, global_batch: GlobalBatch | None = None
+    ) -> None:
         shapes = [list(view.shape) for view in views]
         if len(views) < 2 or views[0].ndim != 2 or 0 in shapes[0] or any(shape != shapes[0] for shape in shapes):
             raise ValueError(f"views have shapes {shapes}: give two or more of one shape [B, P]")
         batch, width = shapes[0]
-        self.alone, start = keys is None, 0
-        if keys is not None:
-            start, images = keys.start, len(keys.views[0])
-            if [list(view.shape) for view in keys.views] != [[images, width]] * len(views):
-                raise ValueError(f"keys.views must be {len(views)} of one shape [G, {width}], as the views are")
+        self.is_local, start = global_batch is None, 0
+        if global_batch is not None:
+            start, images = global_batch.start, len(global_batch.views[0])
+            if [list(view.shape) for view in global_batch.views] != [[images, width]] * len(views):
+                raise ValueError(f"global_batch.views must be {len(views)} of one shape [G, {width}], as the views are")
             if not 0 <= start <= images - batch:
-                raise ValueError(f"keys.start={start}: {batch} images from there do not fit among {images}")
-        self.here = tuple(map(widen, views))  # V of [B, P]
-        self.there = self.here if keys is None else tuple(map(widen, keys.views))  # V of [G, P]
-        self.images = len(self.there[0])
-        self.z = torch.cat(self.here)  # [VB, P]
-        self.pool = self.z if keys is None else torch.cat(self.there)  # [VG, P]
-        self.view = torch.arange(len(self.pool), device=self.z.device)
-        self.image = self.view % self.images
-        self.place = self.view.view(len(views), self.images)[:, start : start + batch].flatten()  # [VB]
-        self._labels, self._keys = labels, keys
+                raise ValueError(f"global_batch.start={start}: {batch} images from there do not fit among {images}")
+        self.local_views = tuple(map(widen, views))  # V of [B, P]
+        self.all_views = self.local_views if global_batch is None else tuple(map(widen, global_batch.views))
+        self.images = len(self.all_views[0])  # G
+        self.z = torch.cat(self.local_views)  # [VB, P]
+        self.keys = self.z if global_batch is None else torch.cat(self.all_views)  # [VG, P]
+        self.row_id = torch.arange(len(self.keys), device=self.z.device)
+        self.image = self.row_id % self.images
+        self.anchor_rows = self.row_id.view(len(views), self.images)[:, start : start + batch].flatten()  # [VB]
+        self._labels, self._global_batch = labels, global_batch
 
     @property
     def label(self) -> Tensor:
-        """Classes of the pool, int64 [VG].
+        """Classes of the keys, int64 [VG].
 
         Raises:
-            ValueError: labels that are missing, or not int64 with one per image.
+            ValueError: if labels are missing, or not int64 with one per image.
         """
-        labels = _checked("labels", self._labels, len(self.here[0]))
-        if self._keys is not None:
-            labels = _checked("keys.labels", self._keys.labels, self.images)
-        return labels.repeat(len(self.here))
+        labels = _checked("labels", self._labels, len(self.local_views[0]))
+        if self._global_batch is not None:
+            labels = _checked("global_batch.labels", self._global_batch.labels, self.images)
+        return labels.repeat(len(self.local_views))
 
     def positives(self) -> Tensor:
         """Similarities of every anchor with the other views of its image, [V - 1, VB]."""
-        z = self.z.view(len(self.here), -1, self.z.shape[1])  # [V, B, P]
+        z = self.z.view(len(self.local_views), -1, self.z.shape[1])  # [V, B, P]
         return torch.stack([(z * z.roll(-r, 0)).sum(2).flatten() for r in range(1, len(z))])
 
-    def repel(self, temperature: float | Tensor) -> Tensor:
-        """log sum_k exp(s_ik / temperature), [VB], over the pool without the anchor itself."""
-        if self.alone:
+    def repel(self, temperature: float) -> Tensor:
+        """log sum_k exp(s_ik / temperature), [VB], over all keys k but the anchor itself."""
+        if self.is_local:
             return row_logsumexp(self.z, temperature)
-        return row_logsumexp(self.z, temperature, ids=self.place, keys=self.pool, key_ids=self.view)
+        return row_logsumexp(self.z, temperature, ids=self.anchor_rows, keys=self.keys, key_ids=self.row_id)
 
-    def negatives(self, temperature: float | Tensor, *, label: Tensor | None = None, unit: bool = True) -> Tensor:
+    def negatives(self, temperature: float, *, label: Tensor | None = None, unit: bool = True) -> Tensor:
         """log sum_k exp(s_ik / temperature), [VB], over views of other images or, given ``label``, of other classes."""
-        if self.alone:
+        if self.is_local:
             return row_logsumexp(self.z, temperature, period=self.images, ids=label, unit=unit)
         key_ids = self.image if label is None else label
-        ids = key_ids[self.place]
-        return row_logsumexp(self.z, temperature, ids=ids, keys=self.pool, key_ids=key_ids, unit=unit)
+        ids = key_ids[self.anchor_rows]
+        return row_logsumexp(self.z, temperature, ids=ids, keys=self.keys, key_ids=key_ids, unit=unit)
 
-    def ntxent(self, temperature: float | Tensor, *, unit: bool = True) -> tuple[Tensor, Tensor]:
+    def ntxent(self, temperature: float, *, unit: bool = True) -> tuple[Tensor, Tensor]:
         """(A_i, A_i + R_i) of NT-Xent, each [VB].
 
-        The sum is log(1 + exp(negatives - positives)) rather than a difference of large numbers, so it and its gradient
+        The sum is log(1 + exp(negatives - positives)) and not a difference of large numbers. So it and its gradient
         are accurate where positives are easy and both are small.
         """
         positives = self.positives() / temperature  # [V - 1, VB]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive
+from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive, check_range
 
 
 class DebiasedLoss(Loss):
@@ -15,12 +15,12 @@ class DebiasedLoss(Loss):
 
         g_ip = max((mean_k exp(s_ik / tau) - class_prior exp(s_ip / tau)) / (1 - class_prior), exp(-1 / tau))
 
-    the estimated mean over true negatives: ``class_prior`` is the chance that another image has the anchor's class.
-    ``class_prior = 0`` is NT-Xent of two views.
+    the estimated mean over true negatives. ``class_prior`` is the probability that another image has the anchor's
+    class. ``class_prior = 0`` is NT-Xent of two views.
 
     Raises:
-        ValueError: alpha outside [0, 1], a temperature that is not positive, or a class_prior outside [0, 1); on call,
-            a batch of one image.
+        ValueError: if alpha is outside [0, 1], the temperature outside [1e-6, 1e6], or class_prior outside [0, 0.999];
+            on call, for a batch of one image.
     """
 
     least_images = 2
@@ -29,11 +29,11 @@ class DebiasedLoss(Loss):
         super().__init__()
         check_alpha(alpha)
         check_positive(temperature=temperature)
-        check_prior(class_prior)
+        check_range(0, 0.999, class_prior=class_prior)
         self.alpha, self.temperature, self.class_prior = alpha, temperature, class_prior
 
     def terms(self, anchors: Anchors) -> LossTerms:
-        others = (anchors.images - 1) * len(anchors.here)
+        others = (anchors.images - 1) * len(anchors.local_views)  # K
         positives = anchors.positives() / self.temperature  # [V - 1, VB]
         mean = anchors.negatives(self.temperature) - math.log(others)  # [VB]
         negatives = true_negatives(mean, positives, self.class_prior, self.temperature)  # [V - 1, VB]
@@ -46,13 +46,7 @@ def true_negatives(mean: Tensor, positives: Tensor, class_prior: float, temperat
     floor = torch.zeros_like(positives) - 1 / temperature
     if class_prior == 0:
         return torch.maximum(mean.expand_as(positives), floor)
-    share = positives - mean + math.log(class_prior)  # log of the part that is taken away
-    left = share < -torch.finfo(share.dtype).eps
+    share = positives - mean + math.log(class_prior)  # log of the share of the mean that is subtracted
+    left = share < -torch.finfo(share.dtype).eps  # something is left of the mean
     rest = torch.log1p(-torch.where(left, share, -1).exp())  # the -1 keeps the gradient of the other branch finite
     return torch.where(left, torch.maximum(mean + rest - math.log1p(-class_prior), floor), floor)
-
-
-def check_prior(class_prior: float) -> None:
-    """Raise ``ValueError`` unless ``class_prior`` is in [0, 1)."""
-    if not 0 <= class_prior < 1:
-        raise ValueError(f"class_prior={class_prior}: give a probability below 1, such as 1 / number of classes")

@@ -4,20 +4,22 @@ import math
 
 import torch
 
-from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive
-from scclr.losses.debiased import check_prior, true_negatives
+from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive, check_range
+from scclr.losses.debiased import true_negatives
 
 
 class HardNegativeLoss(Loss):
     """total = 2 (alpha A + (1 - alpha) R) (Robinson et al. 2021; alpha = 0.5 is theirs).
 
-    The debiased loss with the mean over K negatives replaced by one that leans to the similar ones,
+    This is the debiased loss with another mean over the K negatives, which gives more weight to the similar ones:
 
-        sum_k exp((1 + hardness) s_ik / tau) / sum_k exp(hardness s_ik / tau);    hardness = 0 is the debiased loss.
+        sum_k exp((1 + hardness) s_ik / tau) / sum_k exp(hardness s_ik / tau)
+
+    ``hardness = 0`` is the debiased loss.
 
     Raises:
-        ValueError: alpha outside [0, 1], a temperature that is not positive, a negative hardness, or a class_prior
-            outside [0, 1); on call, a batch of one image.
+        ValueError: if alpha is outside [0, 1], the temperature outside [1e-6, 1e6], class_prior outside [0, 0.999], or
+            hardness outside [0, 1e6]; on call, for a batch of one image.
     """
 
     least_images = 2
@@ -26,13 +28,12 @@ class HardNegativeLoss(Loss):
         super().__init__()
         check_alpha(alpha)
         check_positive(temperature=temperature)
-        check_prior(class_prior)
-        if not 0 <= hardness < math.inf:
-            raise ValueError(f"hardness={hardness}: give a number from 0")
+        check_range(0, 0.999, class_prior=class_prior)
+        check_range(0, 1e6, hardness=hardness)
         self.alpha, self.temperature, self.class_prior, self.hardness = alpha, temperature, class_prior, hardness
 
     def terms(self, anchors: Anchors) -> LossTerms:
-        log_others = math.log((anchors.images - 1) * len(anchors.here))
+        log_others = math.log((anchors.images - 1) * len(anchors.local_views))  # log K
         positives = anchors.positives() / self.temperature  # [V - 1, VB]
         weights = anchors.negatives(self.temperature / self.hardness) if self.hardness > 0 else log_others
         mean = anchors.negatives(self.temperature / (1 + self.hardness)) - weights  # [VB]

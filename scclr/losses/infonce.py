@@ -11,15 +11,14 @@ from scclr.losses.pairs import row_logsumexp
 class InfoNCELoss(Loss):
     """total = 2 (alpha A + (1 - alpha) R); alpha = 0.5 is the loss of van den Oord et al. (2018, eq. 4).
 
-    A = mean -<z_v, z_w> / tau of one image;    R = mean log sum_k exp(<z_v, z_wk> / tau), k all images in view w
+    A = mean -<z_v, z_w> / tau of one image;    R = mean log sum_k exp(<z_v, z_wk> / tau), where k are all images in w
 
-    over ordered pairs of views v and w.
-
-    The denominator holds the positive and one view of each other image. So at alpha = 0.5, log(images) - total is a
-    lower bound of the mutual information of two views, in nats; with NT-Xent's denominator it is not one.
+    Both are means over ordered pairs of views v and w. The denominator holds the positive and one view of each other
+    image. So log(images) - total at alpha = 0.5 is a lower bound of the mutual information of two views, in nats. With
+    the denominator of NT-Xent it is not a bound.
 
     Raises:
-        ValueError: alpha outside [0, 1], or a temperature that is not positive.
+        ValueError: if alpha is outside [0, 1] or the temperature outside [1e-6, 1e6].
     """
 
     def __init__(self, *, alpha: float, temperature: float) -> None:
@@ -31,7 +30,7 @@ class InfoNCELoss(Loss):
     def terms(self, anchors: Anchors) -> LossTerms:
         repel = [
             row_logsumexp(z, self.temperature, keys=keys)  # [B]
-            for (v, z), (w, keys) in product(enumerate(anchors.here), enumerate(anchors.there))
+            for (v, z), (w, keys) in product(enumerate(anchors.local_views), enumerate(anchors.all_views))
             if v != w
         ]
         attract = -anchors.positives().mean() / self.temperature

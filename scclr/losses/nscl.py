@@ -6,14 +6,14 @@ from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_p
 class NSCLLoss(Loss):
     """total = 2 (alpha A + (1 - alpha) R) (Luthra et al. 2025, arXiv 2506.04411; alpha = 0.5 is theirs).
 
-    A = mean_i mean_p -s_ip / tau;    R = mean_i log sum_k exp(s_ik / tau), k the views of other classes.
+    A = mean_i mean_p -s_ip / tau;    R = mean_i log sum_k exp(s_ik / tau), where k are the views of other classes.
 
-    The decoupled loss is larger by 2 (1 - alpha) mean_i -log(1 - q_i), q_i its softmax mass on the anchor's class.
-    A batch of one class has R = -inf.
+    The decoupled loss is larger by 2 (1 - alpha) mean_i -log(1 - q_i), where q_i is the mass that its softmax puts on
+    the anchor's class. R is -inf for a batch of one class.
 
     Raises:
-        ValueError: alpha outside [0, 1], or a temperature that is not positive; on call, labels that are missing, or a
-            batch of one image.
+        ValueError: if alpha is outside [0, 1] or the temperature outside [1e-6, 1e6]; on call, if labels are missing,
+            or for a batch of one image.
     """
 
     supervised = True

@@ -1,15 +1,16 @@
 """NT-Xent, the loss of SimCLR."""
 
-from scclr.losses import Anchors, Loss, LossTerms, Softmax, check_positive
+from scclr.losses import Anchors, LogSumExpForm, Loss, LossTerms, check_positive
 
 
 class NTXentLoss(Loss):
     """total = A + R: cross-entropy of picking the positive among the other N - 1 views (Chen et al. 2020, eq. 1).
 
-    Equal, value and gradient, to ``BalancedLoss(alpha=0.5)``. With V > 2 views, A is a mean over V - 1 positives.
+    Its value and gradient equal those of ``BalancedLoss(alpha=0.5)``. With V > 2 views, A is a mean over V - 1
+    positives.
 
     Raises:
-        ValueError: a temperature that is not positive.
+        ValueError: if the temperature is outside [1e-6, 1e6].
     """
 
     def __init__(self, *, temperature: float) -> None:
@@ -17,8 +18,8 @@ class NTXentLoss(Loss):
         check_positive(temperature=temperature)
         self.temperature = temperature
 
-    def softmax(self) -> Softmax:
-        return Softmax(self.temperature, decoupled=False)
+    def logsumexp_form(self) -> LogSumExpForm:
+        return LogSumExpForm(self.temperature, decoupled=False)
 
     def terms(self, anchors: Anchors) -> LossTerms:
         attract, both = anchors.ntxent(self.temperature)  # [VB]

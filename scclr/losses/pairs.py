@@ -1,13 +1,13 @@
 """The log-sum-exp over all pairs of rows, exact in value and gradient, in O(N) memory.
 
-Dimensions: N rows z [N, P] against themselves, or against M keys [M, P]; T rows in a tile.
+Dimensions: N rows z [N, P] are compared with themselves or with M keys [M, P]; a tile has up to T x T pairs.
 
     f_i     = log sum_k exp(l_ik)                     l_ik = <z_i, z_k> / tau, over the pairs that are not left out
     df/dz_i = sum_k (w_i p_ik + w_k p_ki) z_k / tau   p_ik = exp(l_ik - f_i), w the gradient with respect to f
 
-No more than a few T x T tiles exist at a time: the backward pass computes them again, unless one was all. Rows against
-themselves form a symmetric matrix, so only its upper triangle is computed, in both passes, and a tile off the diagonal
-serves the rows of both of its sides.
+At most a few tiles exist at a time. The backward pass computes them again, unless a single tile holds all pairs. Rows
+compared with themselves form a symmetric matrix, so both passes compute its upper triangle only, and a tile off the
+diagonal serves the rows of both of its sides.
 """
 
 import math
@@ -28,21 +28,22 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def tile_of(device: torch.device) -> int:
-    """Side of a tile by default: on a CPU, what stays in a core's cache; elsewhere, what is worth a kernel launch.
+    """The default side of a tile: what fits a core's cache on a CPU, and what is worth a kernel launch elsewhere.
 
-    On one core of an EPYC with 1 MiB of second-level cache, sides from 384 to 768 are equal and 1024 takes 10 % longer.
+    On one core of an EPYC with 1 MiB of second-level cache, sides from 384 to 768 are equally fast and 1024 takes 10 %
+    longer.
     """
     return 512 if device.type == "cpu" else 4096
 
 
 def widen(x: Tensor) -> Tensor:
-    """bfloat16 and float16 as float32, others as they are."""
+    """bfloat16 and float16 as float32; other types as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def row_logsumexp(
     z: Tensor,
-    temperature: float | Tensor,
+    temperature: float,
     *,
     period: int | None = None,
     ids: Tensor | None = None,
@@ -53,60 +54,48 @@ def row_logsumexp(
 ) -> Tensor:
     """log sum_k exp(<z_i, key_k> / temperature) for every row i, [N]; -inf, with no gradient, where no k is left.
 
-    Without ``keys`` the rows are their own keys, and k runs over k != i, or over k != i modulo ``period``.
+    Without ``keys`` the rows are their own keys, and k runs over k != i, or over k != i modulo ``period``. The result
+    can be differentiated once.
 
-    Exponentials are summed as they are where ``unit`` rows bound every logit by 1 / temperature and half of the dtype's
-    range holds it (temperature >= 0.023 in float32: neither overflow nor underflow for any number of rows), else
-    relative to a running maximum, at about twice the cost. A ``temperature`` that is a tensor is differentiated, and
-    takes the second way, since its value is not known to the host. A second derivative takes O(N M) memory.
+    ``unit`` rows bound every logit by 1 / temperature. Where that is at most half of the range of the dtype
+    (temperature >= 0.023 in float32), exponentials are summed as they are: no number of rows overflows or underflows.
+    Elsewhere they are summed relative to a running maximum, at about twice the cost.
 
     Args:
         z: rows [N, P]. bfloat16 and float16 are computed in float32.
-        period: how many images the rows hold, one view after the other, where views of one image are left out.
+        period: number of images, if the rows hold one view after the other and views of one image are left out.
         ids, key_ids: int64 [N] and [M]; pairs with equal ids are left out. Without ``keys``, ``ids`` serves both.
         unit: the rows of ``z`` and ``keys`` have length at most one.
+        tile: side of a tile; None takes that of ``tile_of``.
     """
     z, keys = widen(z), None if keys is None else widen(keys)
-    reach = math.inf if isinstance(temperature, Tensor) or not unit else 1 / temperature
-    plain = reach <= math.log(torch.finfo(z.dtype).max) / 2
-    # Scaled rows make the logits, and the temperature's gradient, at the cost of one [N, P] pass.
-    rows = z / (temperature if keys is not None else temperature**0.5)
+    largest_logit = 1 / temperature if unit else math.inf
+    plain = largest_logit <= math.log(torch.finfo(z.dtype).max) / 2
+    rows = z / (temperature if keys is not None else temperature**0.5)  # scaling [N, P] is cheaper than scaling logits
     pair_ids = None if ids is None else (ids, ids if key_ids is None else key_ids)
     return _LogSumExp.apply(rows, keys, period or len(z), pair_ids, plain, tile or tile_of(z.device))
 
 
-def dense_logsumexp(rows: Tensor, keys: Tensor | None, period: int, ids: Ids) -> Tensor:
-    """The same of scaled rows in O(N M) memory, by automatic differentiation."""
-    with full_precision(rows.device):
-        logits = rows @ (rows if keys is None else keys).T  # [N, M]
-    if keys is None:
-        image = torch.arange(len(rows), device=rows.device) % period
-        logits = logits.masked_fill(image.unsqueeze(1) == image, -math.inf)
-    if ids is not None:
-        logits = logits.masked_fill(ids[0].unsqueeze(1) == ids[1], -math.inf)
-    return logits.logsumexp(1)
-
-
 class _Tiles:
-    """Tiles of logits, or of their exponentials where ``plain``, each in the same buffer; of the upper triangle where
-    the rows are their own keys.
+    """Tiles of logits, or of their exponentials where ``plain``. All share one buffer. Where the rows are their own
+    keys, the tiles cover the upper triangle.
 
     Args:
-        only: the one tile that there is, if it is known already; it is not written to.
+        single: the tile that holds all pairs, if it is known already; it is not written to.
     """
 
     def __init__(
-        self, rows: Tensor, keys: Tensor | None, period: int, ids: Ids, plain: bool, tile: int, only: Tensor | None
+        self, rows: Tensor, keys: Tensor | None, period: int, ids: Ids, plain: bool, tile: int, single: Tensor | None
     ) -> None:
         self.rows, self.keys, self.period, self.ids, self.tile = rows, rows if keys is None else keys, period, ids, tile
-        self.symmetric, self.plain, self.only = keys is None, plain, only
+        self.symmetric, self.plain, self.single = keys is None, plain, single
         self.buffer = rows.new_empty(min(tile, len(rows)) * min(tile, len(self.keys)))
 
     def __iter__(self) -> Iterator[tuple[slice, slice, bool, Tensor]]:
         """(rows, keys, whether the mirror image is needed too, tile [T, T])."""
         n, m, t = len(self.rows), len(self.keys), self.tile
-        if self.only is not None:
-            yield slice(0, n), slice(0, m), False, self.only
+        if self.single is not None:
+            yield slice(0, n), slice(0, m), False, self.single
             return
         for a in range(0, n, t):
             i = slice(a, min(a + t, n))
@@ -114,7 +103,7 @@ class _Tiles:
                 j = slice(b, min(b + t, m))
                 height, width = i.stop - a, j.stop - b
                 logits = self.buffer[: height * width].view(height, width)
-                torch.mm(self.rows[i], self.keys[j].T, out=logits)  # out= and in-place products ignore autocast
+                torch.mm(self.rows[i], self.keys[j].T, out=logits)  # products with out=, and in place, ignore autocast
                 if self.symmetric:  # k - i is a multiple of the period on these diagonals, often on none
                     lowest = (a - b + height - 1) % self.period + 1 - height
                     for diagonal in range(lowest, width, self.period):
@@ -125,7 +114,7 @@ class _Tiles:
 
 
 class _LogSumExp(torch.autograd.Function):
-    """``plain``: sums of exponentials as they are; else log-sum-exps, added in the log domain."""
+    """Where ``plain``, sums of exponentials as they are; elsewhere log-sum-exps, added in the log domain."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, keys: Tensor | None, period: int, ids: Ids, plain: bool, tile: int) -> Tensor:
@@ -140,43 +129,31 @@ class _LogSumExp(torch.autograd.Function):
                 sums[i] = sums[i].logaddexp(values.logsumexp(1))
                 if mirror:
                     sums[j] = sums[j].logaddexp(values.logsumexp(0))
-        whole = values is not None and values.shape == (len(rows), len(rows if keys is None else keys))
-        ctx.save_for_backward(rows, keys, sums, values if whole else None)
+        single = values is not None and values.shape == (len(rows), len(rows if keys is None else keys))
+        ctx.save_for_backward(rows, keys, sums, values if single else None)
         ctx.period, ctx.ids, ctx.plain, ctx.tile = period, ids, plain, tile
         return sums.log() if plain else sums
 
     @staticmethod
     def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
-        rows, keys, *_ = ctx.saved_tensors
-        to_rows: Tensor | None
-        to_keys: Tensor | None
-        if torch.is_grad_enabled():  # the caller asked for a gradient that can be differentiated again
-            needed = [x for x, need in zip((rows, keys), ctx.needs_input_grad, strict=False) if need]
-            with full_precision(rows.device):
-                dense = dense_logsumexp(rows, keys, ctx.period, ctx.ids)
-                found = list(torch.autograd.grad(dense, needed, w, create_graph=True))
-            to_rows, to_keys = (found.pop(0) if need else None for need in ctx.needs_input_grad[:2])
-        else:
-            to_rows, to_keys = torch.zeros_like(rows), None if keys is None else torch.zeros_like(keys)
-            _accumulate(to_rows, to_rows if to_keys is None else to_keys, ctx, w)
-        return to_rows, to_keys, None, None, None, None
-
-
-def _accumulate(to_rows: Tensor, to_keys: Tensor, ctx: Any, w: Tensor) -> None:
-    """Add the gradients with respect to rows and keys, which are one tensor where the rows are their own keys."""
-    rows, keys, sums, only = ctx.saved_tensors
-    tiles = _Tiles(rows, keys, ctx.period, ctx.ids, ctx.plain, ctx.tile, only)
-    share, scratch = torch.where(sums == 0, 0, w / sums), torch.empty_like(tiles.buffer)
-    sums = sums.masked_fill(sums == -math.inf, 0)  # a row without keys has no gradient
-    for i, j, mirror, tile in tiles:
-        if ctx.plain:  # w_i p_ik + w_k p_ki = exp(l_ik) (w_i / S_i + w_k / S_k)
-            both = scratch[: tile.numel()].view_as(tile)
-            weights = share[i].unsqueeze(1)
-            weights = torch.add(weights, share[j], out=both) if tiles.symmetric else weights
-            tile = torch.mul(tile, weights, out=both)
-        else:
-            weights = (tile - sums[i].unsqueeze(1)).exp_().mul_(w[i].unsqueeze(1))
-            tile = weights.add_((tile - sums[j]).exp_().mul_(w[j])) if tiles.symmetric else weights
-        to_rows[i].addmm_(tile, tiles.keys[j])
-        if mirror or not tiles.symmetric:
-            to_keys[j].addmm_(tile.T, rows[i])
+        if torch.is_grad_enabled():  # once_differentiable would silently return zero where w needs no gradient
+            raise NotImplementedError("row_logsumexp has no second derivative: leave out create_graph=True")
+        rows, keys, sums, single = ctx.saved_tensors
+        tiles = _Tiles(rows, keys, ctx.period, ctx.ids, ctx.plain, ctx.tile, single)
+        to_rows = torch.zeros_like(rows)
+        to_keys = to_rows if keys is None else torch.zeros_like(keys)
+        by_sum, scratch = torch.where(sums == 0, 0, w / sums), torch.empty_like(tiles.buffer)
+        sums = sums.masked_fill(sums == -math.inf, 0)  # a row without keys has no gradient
+        for i, j, mirror, tile in tiles:
+            if ctx.plain:  # w_i p_ik + w_k p_ki = exp(l_ik) (w_i / S_i + w_k / S_k), with the sums S_i = exp(f_i)
+                product = scratch[: tile.numel()].view_as(tile)
+                weights = by_sum[i].unsqueeze(1)
+                weights = torch.add(weights, by_sum[j], out=product) if tiles.symmetric else weights
+                tile = torch.mul(tile, weights, out=product)
+            else:
+                weights = (tile - sums[i].unsqueeze(1)).exp_().mul_(w[i].unsqueeze(1))
+                tile = weights.add_((tile - sums[j]).exp_().mul_(w[j])) if tiles.symmetric else weights
+            to_rows[i].addmm_(tile, tiles.keys[j])
+            if mirror or not tiles.symmetric:
+                to_keys[j].addmm_(tile.T, rows[i])
+        return to_rows, None if keys is None else to_keys, None, None, None, None

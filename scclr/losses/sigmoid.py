@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive
-from scclr.losses.pairs import tile_of
+from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive, check_range, pairs
 
 
 class SigmoidLoss(Loss):
@@ -17,38 +16,36 @@ class SigmoidLoss(Loss):
 
     A = mean_i softplus(-(scale s_ii + bias));    R = mean_i sum_{k != i} softplus(scale s_ik + bias)
 
-    between two views, i and k images; a mean over the pairs of V > 2 views. No anchor is normalised over its keys.
-
-    Args:
-        scale, bias: numbers, or tensors that are to be learned.
+    Here i and k are images in two different views; with V > 2 views both are means over all pairs of views. No anchor
+    is normalized over its keys.
 
     Raises:
-        ValueError: alpha outside [0, 1], a scale that is not positive, or a bias that is not finite.
+        ValueError: if alpha is outside [0, 1], scale outside [1e-6, 1e6], or bias outside [-1e6, 1e6].
     """
 
     def __init__(self, *, alpha: float, scale: float, bias: float) -> None:
         super().__init__()
         check_alpha(alpha)
         check_positive(scale=scale)
-        if not math.isfinite(bias):
-            raise ValueError(f"bias={bias}: give a number, such as -10")
+        check_range(-1e6, 1e6, bias=bias)
         self.alpha, self.scale, self.bias = alpha, scale, bias
 
     def terms(self, anchors: Anchors) -> LossTerms:
-        repel, tile = [], tile_of(anchors.z.device)
-        images = anchors.view[: anchors.images]  # [G]
-        mine = anchors.place[: len(anchors.here[0])]  # [B]
-        for v, w in combinations(range(len(anchors.here)), 2):
+        repel, tile = [], pairs.tile_of(anchors.z.device)
+        image = anchors.row_id[: anchors.images]  # [G]
+        own = anchors.anchor_rows[: len(anchors.local_views[0])]  # [B]
+        for v, w in combinations(range(len(anchors.local_views)), 2):
+            # The backward pass computes each tile again instead of keeping it.
             tiles = [
                 checkpoint(self._sum, *rows, *columns, use_reentrant=False, preserve_rng_state=False)
-                for rows in zip(anchors.here[v].split(tile), mine.split(tile), strict=True)
-                for columns in zip(anchors.there[w].split(tile), images.split(tile), strict=True)
+                for rows in zip(anchors.local_views[v].split(tile), own.split(tile), strict=True)
+                for columns in zip(anchors.all_views[w].split(tile), image.split(tile), strict=True)
             ]
-            repel.append(torch.stack(tiles).sum() / len(mine))
+            repel.append(torch.stack(tiles).sum() / len(own))
         attract = F.softplus(-(self.scale * anchors.positives() + self.bias)).mean()
         return balance(self.alpha, attract, torch.stack(repel).mean())
 
-    def _sum(self, rows: Tensor, images: Tensor, keys: Tensor, key_images: Tensor) -> Tensor:
-        """Of one tile, which the backward pass computes again rather than keep."""
+    def _sum(self, rows: Tensor, row_images: Tensor, keys: Tensor, key_images: Tensor) -> Tensor:
+        """R of one tile, as a sum."""
         logits = self.scale * (rows @ keys.T) + self.bias
-        return F.softplus(logits.masked_fill(images.unsqueeze(1) == key_images, -math.inf)).sum()
+        return F.softplus(logits.masked_fill(row_images.unsqueeze(1) == key_images, -math.inf)).sum()

@@ -6,12 +6,12 @@ from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_p
 class SpectralLoss(Loss):
     """total = 2 (alpha A + (1 - alpha) R); alpha = 0.5 is the loss of HaoChen et al. (2021) at f = sqrt(mu) z.
 
-    A = mean_i mean_p -2 mu s_ip;    R = mean_i mean_k (mu s_ik)^2, k the views of other images.
+    A = mean_i mean_p -2 mu s_ip;    R = mean_i mean_k (mu s_ik)^2, where k are the views of other images.
 
-    Only second moments enter: O(N P^2) time. ``mu`` is the squared length of their embeddings f.
+    ``mu`` is the squared length of their embeddings f. Only second moments enter, so the time is O(N P^2).
 
     Raises:
-        ValueError: alpha outside [0, 1], or a mu that is not positive; on call, a batch of one image.
+        ValueError: if alpha is outside [0, 1] or mu outside [1e-6, 1e6]; on call, for a batch of one image.
     """
 
     least_images = 2
@@ -23,10 +23,9 @@ class SpectralLoss(Loss):
         self.alpha, self.mu = alpha, mu
 
     def terms(self, anchors: Anchors) -> LossTerms:
-        positives = anchors.positives()  # [V - 1, VB]
-        z = anchors.z
-        squares = ((z @ (anchors.pool.T @ anchors.pool)) * z).sum(1)  # [VB], over all keys
-        own = positives.square().sum(0) + z.square().sum(1).square()
-        others = len(anchors.here) * (anchors.images - 1)
-        repel = self.mu**2 * (squares - own).mean() / others
+        z, positives = anchors.z, anchors.positives()  # [VB, P], [V - 1, VB]
+        squares = ((z @ (anchors.keys.T @ anchors.keys)) * z).sum(1)  # [VB], over all keys
+        own_image = positives.square().sum(0) + z.square().sum(1).square()
+        others = len(anchors.local_views) * (anchors.images - 1)
+        repel = self.mu**2 * (squares - own_image).mean() / others
         return balance(self.alpha, -2 * self.mu * positives.mean(), repel)

@@ -1,23 +1,25 @@
-"""The supervised objective, and the contrastive loss that bounds it, step by step.
+"""The bound on the supervised objective by the contrastive loss, and how much each of its steps loses.
 
-Dimensions: n images, M views of each, d embedding dimensions, C classes, G groups of images; T temperatures tau.
+Dimensions: n images, M views of each, d embedding dimensions, C classes, G groups of images, T temperatures tau.
 F is a view of class Y, F' another view of its image, F° a view of another image; mu_y are prototypes, p their shares,
 nu = min p; lam = (1 - alpha) / alpha.
 
     L_sup = -E <F, mu_Y> + lam E max_{y != Y} <F, mu_y>                          the supervised objective
-    L_bal = -E <F, F'> + lam tau E log E_F° exp(<F, F°> / tau)                   the contrastive one
+    L_bal = -E <F, F'> + lam tau E log E_F° exp(<F, F°> / tau)                   the contrastive objective
 
-    T5    L_sup <= L_bal + B2 + lam tau log(1 / nu)
-          Attraction is exact, the bias makes the difference. Repulsion loses, on the way from left to right,
-          e0: max over y != Y -> over all y;    e1: -> tau log sum_y exp(. / tau);
-          e2: -> tau log(1/nu) + tau log sum_y p_y exp(. / tau);    e3: -> exp of the mean -> mean of the exp (Jensen).
-    T4'   the same with F° of other classes only:
-          L_sup <= -E <F, F'> + B2 + lam tau E log E[exp(<F, F°> / tau) | Y° != Y]
-                   + lam tau E log((1 - p_Y) / min_{y != Y} p_y)
-    T6    L_sup of prototypes of unit length <= the right side of T5 + lam (1 - min |mu_y|)
+    upper_bound        L_sup <= L_bal + B2 + lam tau log(1 / nu)
+        Attraction differs by B2 exactly. Repulsion is bounded in four steps, each of which loses a gap:
+        margin_gap     the maximum over y != Y becomes the maximum over all y
+        logsumexp_gap  that becomes tau log sum_y exp(<F, mu_y> / tau)
+        prior_gap      that becomes tau log(1 / nu) + tau log sum_y p_y exp(<F, mu_y> / tau)
+        jensen_gap     exp of a mean becomes the mean of exp
+    class_excluded     the same with F° of other classes only:
+                       L_sup <= -E <F, F'> + B2 + lam tau E log E[exp(<F, F°> / tau) | Y° != Y]
+                                + lam tau E log((1 - p_Y) / min_{y != Y} p_y)
+    cosine_prototypes  with prototypes of unit length L_sup <= the upper bound + lam (1 - min_y |mu_y|)
 
-A view is compared with the other n - 1 images, so prototypes, shares and means over F° leave its own image out. With
-these every step is at least 0 for every view of every sample, not only in expectation.
+A view is compared with the other n - 1 images: prototypes, shares and means over F° leave its own image out. Then every
+gap is at least 0 for every view of every sample, not only in expectation.
 """
 
 import math
@@ -28,61 +30,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scclr.distributed import World
-from scclr.theory.pairs import GROUPS, Tile, certified_mean, jackknife, leave_out, pair_sums
+from scclr.theory.pairs import JACKKNIFE_GROUPS, Tile, certified_mean, jackknife, pair_sums, sum_without
 from scclr.theory.sample import Estimate, Sample
+
+GAPS = ("margin_gap", "logsumexp_gap", "prior_gap", "jensen_gap")
+# What ``_values_per_view`` computes, in this order.
+PER_VIEW = (
+    "repel", "repel_cosine", *GAPS, "repel_decoupled", "prior", "repel_excluded", "repel_certified", "repel_ntxent",
+    "q_same", "nscl_gap",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Bound:
-    """At one temperature. ``t5``, ``t4``, ``t6`` and ``certified`` are values of the right sides above.
+    """The right sides above at one temperature; a slack is a right side minus its L_sup.
 
-    ``repel_decoupled`` is too small in the mean, which makes t5, t4 and t6 estimates; ``repel_ntxent``, with the
-    positive, is neither an upper nor a lower one. ``certified`` has the repulsion that is at least the population's
-    in the mean (``certified_mean``): of random images with independent views and known class shares, its expectation
-    is at least L_sup.
+    ``upper_bound``, ``class_excluded`` and ``cosine_prototypes`` are estimates of bounds, since ``repel_decoupled`` is
+    too small in expectation. ``certified`` takes ``repel_certified`` instead: for random images with independent views
+    and known class shares, its expectation is at least L_sup.
     """
 
     temperature: float
     lam: float
-    supervised: Estimate  # L_sup, plug-in prototypes: too large in the mean
+    supervised: Estimate  # L_sup with plug-in prototypes, which is too large in expectation
     attract: Estimate  # -E <F, F'>
     b2: Estimate
-    repel_decoupled: Estimate
-    repel_jackknife: Estimate  # the same less its bias of order 1 / n
-    repel_ntxent: Estimate
-    repel_certified: Estimate
+    repel_decoupled: Estimate  # over views of other images; too small in expectation
+    repel_jackknife: Estimate  # the same without its bias of order 1 / n
+    repel_ntxent: Estimate  # with the positive, as in NT-Xent; neither an upper nor a lower bound
+    repel_certified: Estimate  # with the own image at similarity 1; too large in expectation
     prior: Estimate  # tau log(1 / nu)
-    t5: Estimate
-    t5_slack: Estimate  # lam (e0 + e1 + e2 + e3)
-    e0: Estimate  # the nearest-prototype margin: the better the classes are told apart, the larger
-    e1: Estimate
-    e2: Estimate
-    e3: Estimate
-    t4: Estimate  # class-excluded
-    t4_slack: Estimate
-    t6: Estimate  # cosine
-    t6_slack: Estimate
+    upper_bound: Estimate
+    slack: Estimate  # lam times the sum of the four gaps
+    margin_gap: Estimate  # grows as views come closer to their own prototype than to others
+    logsumexp_gap: Estimate
+    prior_gap: Estimate
+    jensen_gap: Estimate
+    class_excluded: Estimate
+    class_excluded_slack: Estimate
+    cosine_prototypes: Estimate
+    cosine_prototypes_slack: Estimate
     certified: Estimate
     certified_slack: Estimate
-    q_same: Estimate
-    nscl_gap: Estimate
+    q_same: Estimate  # softmax mass on the anchor's class among the views of other images
+    nscl_gap: Estimate  # E -log(1 - q_same): decoupled minus negatives-only supervised loss is 2 (1 - alpha) times this
 
 
 @torch.no_grad()
 def bound(
-    z: Tensor,
-    labels: Tensor,
-    temperatures: Sequence[float],
-    lam: float,
-    *,
-    population: bool = False,
-    world: World = World(),  # noqa: B008
+    z: Tensor, labels: Tensor, temperatures: Sequence[float], lam: float, *, population: bool = False
 ) -> list[Bound]:
     """The bounds at each of ``temperatures``, with standard errors by a delete-a-group jackknife at fixed class shares.
 
-    Every temperature > 0 gives a valid bound of the same L_sup: the tightest is the one to quote. z: [n, M, d] unit
-    rows; labels: int64 [n]. Takes O(n^2 M^2 d) time, O(n M d) memory.
+    At every temperature > 0 the bound is a valid one of the same L_sup, so the smallest is the one to quote. Takes
+    O(n^2 M^2 d) time and O(n M d) memory.
+
+    Args:
+        z: [n, M, d], unit rows.
+        labels: int64 [n].
+        lam: weight of repulsion, (1 - alpha) / alpha.
 
     Raises:
         ValueError: as ``Sample``; fewer than two classes; a temperature that is not positive; lam negative or infinite.
@@ -91,25 +97,23 @@ def bound(
         raise ValueError(f"temperatures={list(temperatures)}: give one or more positive numbers")
     if not 0 <= lam < math.inf:
         raise ValueError(f"lam={lam}: give a weight of repulsion from 0; it is (1 - alpha) / alpha")
-    sample = Sample(z, labels, population=population, world=world, groups=1 if population else GROUPS)
-    if sample.classes < 2:
-        raise ValueError("one class only: there is no other to be repelled from")
-    versions = [None] if population else [None, *range(sample.groups)]  # without which group of images
+    groups = 1 if population else JACKKNIFE_GROUPS
+    sample = Sample(z, labels, population=population, groups=groups, least_classes=2)
+    versions = [None] if population else [None, *range(sample.groups)]  # which group of images is left out
     tau = torch.tensor(temperatures, dtype=torch.float64, device=z.device).view(-1, 1)
-    sums = z.new_zeros(len(versions), len(STEPS), len(tau), dtype=torch.float64)
+    sums = z.new_zeros(len(versions), len(PER_VIEW), len(tau), dtype=torch.float64)
     for tile in pair_sums(sample, temperatures):
         for version, without in enumerate(versions):
-            values = _steps(sample, tile, tau, without).mean(3)  # [Q, T, b]
+            values = _values_per_view(sample, tile, tau, without).mean(3)  # [len(PER_VIEW), T, b]
             sums[version] += values[:, :, tile.group != without].sum(2) if without is not None else values.sum(2)
-    sums, count = world.sum(sums), sample.sums.n.sum(1)
-    found = []
+    count, results = sample.sums.n.sum(1), []
     for version, without in enumerate(versions):
         images = sample.images - (0 if without is None else count[without])
-        steps = dict(zip(STEPS, sums[version] / images, strict=True))  # each [T]
-        found.append(_bounds(sample, steps, tau.squeeze(1), lam, without))
-    stacked = {name: torch.stack([one[name] for one in found]) for name in found[0]}  # each [1 + G, T]
+        means = dict(zip(PER_VIEW, sums[version] / images, strict=True))  # each [T]
+        results.append(_fields(sample, means, tau.squeeze(1), lam, without))
     estimates: dict[str, list[Estimate]] = {}
-    for name, values in stacked.items():
+    for name in results[0]:
+        values = torch.stack([result[name] for result in results])  # [1 + G, T]
         corrected, error = jackknife(values, population=population)
         estimates[name] = [Estimate(*pair) for pair in zip(values[0].tolist(), error.tolist(), strict=True)]
         if name == "repel_decoupled":
@@ -121,69 +125,64 @@ def bound(
     ]
 
 
-STEPS = (
-    "repel", "repel_cosine", "e0", "e1", "e2", "e3", "repel_decoupled", "prior", "excluded", "repel_certified",
-    "repel_ntxent", "q_same", "nscl_gap",
-)  # fmt: skip
-
-
-def _steps(sample: Sample, tile: Tile, tau: Tensor, without: int | None) -> Tensor:
-    """STEPS for every view of a tile, [Q, T, b, M]; of images that are not in the group ``without``."""
+def _values_per_view(sample: Sample, tile: Tile, tau: Tensor, without: int | None) -> Tensor:
+    """PER_VIEW for every view of a tile, [len(PER_VIEW), T, b, M], with the group ``without`` left out."""
     count, total, *_ = sample.without(without)  # [C], [C, d]
-    own, n, y = sample.own, count.sum(), tile.labels
-    zb, mine = tile.z.mean(1, keepdim=True), F.one_hot(y, sample.classes).bool().unsqueeze(1)
+    own, n, y, views = sample.own, count.sum(), tile.labels, sample.views
+    zb, own_class = tile.z.mean(1, keepdim=True), F.one_hot(y, sample.classes).bool().unsqueeze(1)
     to_class = tile.z @ (total / count.unsqueeze(1)).T  # [b, M, C]: <F, mu_y>
     to_own = (tile.z * (total[y].unsqueeze(1) - own * zb)).sum(2) / (count[y] - own).unsqueeze(1)  # [b, M]
-    share = (count - own * mine) / (n - own)  # [b, 1, C]: among the other images
-    others = to_class.masked_fill(mine, -math.inf)
+    share = (count - own * own_class) / (n - own)  # [b, 1, C]: among the other images
     length = (total / count.unsqueeze(1)).norm(dim=1)
-    cosine = (to_class / length).masked_fill(mine, -math.inf).amax(2)
-    repel, every = others.amax(2), torch.where(mine, to_own.unsqueeze(2), to_class)
+    cosine = (to_class / length).masked_fill(own_class, -math.inf).amax(2)
+    repel = to_class.masked_fill(own_class, -math.inf).amax(2)
+    to_every = torch.where(own_class, to_own.unsqueeze(2), to_class)
     t = tau.view(-1, 1, 1)
-    scaled = every / t.unsqueeze(3)  # [T, b, M, C]
-    soft, weighed = t * scaled.logsumexp(3), t * (scaled + share.log()).logsumexp(3)  # [T, b, M]
-    same, foreign = (leave_out(x, without, 1) for x in (tile.same, tile.other))
-    sums = same + foreign
-    views, shift = sample.views, 1  # tau log exp(1 / tau): sums are over exp(1 / tau)
+    scaled = to_every / t.unsqueeze(3)  # [T, b, M, C]
+    equal_shares, by_share = t * scaled.logsumexp(3), t * (scaled + share.log()).logsumexp(3)  # [T, b, M]
+    same, other = (sum_without(x, without, 1) for x in (tile.same, tile.other))
+    sums, shift = same + other, 1  # tau log exp(1 / tau): the sums are divided by exp(1 / tau)
     decoupled = t * (sums / (views * (n - own))).log() + shift
     prior = -t * share.amin(2).log()
-    rarest = share.masked_fill(mine, math.inf).amin(2)  # of the other classes
-    rest = n - count[y].unsqueeze(1)  # images of other classes, [b, 1]
-    excluded = t * (foreign / (views * rest)).log() + shift + t * (rest / (n - own) / rarest).log()
+    rarest = share.masked_fill(own_class, math.inf).amin(2)  # of the other classes
+    foreign = n - count[y].unsqueeze(1)  # images of other classes, [b, 1]
+    excluded = t * (other / (views * foreign)).log() + shift + t * (foreign / (n - own) / rarest).log()
     certified, ntxent = (torch.full_like(decoupled, math.nan) for _ in range(2))  # a population is not a batch
     if own:
         certified = t * certified_mean(sums, n, views, t)
         ntxent = t * ((sums + tile.positive) / (views * n - 1)).log() + shift
-    rows = (
-        repel, cosine, every.amax(2) - repel, soft - every.amax(2), weighed + prior - soft, decoupled - weighed,
-        decoupled, prior, excluded, certified, ntxent, same / sums, torch.log1p(same / foreign),
+    gaps = (
+        to_every.amax(2) - repel, equal_shares - to_every.amax(2), by_share + prior - equal_shares,
+        decoupled - by_share,
     )  # fmt: skip
+    masses = same / sums, torch.log1p(same / other)
+    rows = (repel, cosine, *gaps, decoupled, prior, excluded, certified, ntxent, *masses)
     return torch.stack([row.expand(len(tau), *repel.shape) for row in rows])
 
 
-def _bounds(sample: Sample, step: dict[str, Tensor], tau: Tensor, lam: float, without: int | None) -> dict[str, Tensor]:
-    """The fields of ``Bound`` from the means of STEPS, each [T]."""
+def _fields(sample: Sample, mean: dict[str, Tensor], tau: Tensor, lam: float, without: int | None) -> dict[str, Tensor]:
+    """The fields of ``Bound`` from the means of PER_VIEW, each [T]."""
     a, b_class, share, _ = sample.moments(without)
     count, total, *_ = sample.without(without)
     b = share @ b_class
     length = b_class.clamp(min=0).sqrt()
-    supervised = -b + lam * step["repel"]
-    cosine = -share @ length + lam * step["repel_cosine"]
-    t5 = -b + lam * (step["repel_decoupled"] + step["prior"])
-    t4 = -b + lam * step["excluded"]
-    t6 = t5 + lam * (1 - (total / count.unsqueeze(1)).norm(dim=1).min())
-    certified = -b + lam * (step["repel_certified"] - tau * share.min().log())
-    same = ("repel_decoupled", "repel_ntxent", "repel_certified", "prior", "e0", "e1", "e2", "e3", "q_same", "nscl_gap")
-    return {name: step[name] for name in same} | {
+    supervised = -b + lam * mean["repel"]
+    supervised_cosine = -share @ length + lam * mean["repel_cosine"]
+    upper_bound = -b + lam * (mean["repel_decoupled"] + mean["prior"])
+    class_excluded = -b + lam * mean["repel_excluded"]
+    cosine_prototypes = upper_bound + lam * (1 - (total / count.unsqueeze(1)).norm(dim=1).min())
+    certified = -b + lam * (mean["repel_certified"] - tau * share.min().log())
+    unchanged = ("repel_decoupled", "repel_ntxent", "repel_certified", "prior", *GAPS, "q_same", "nscl_gap")
+    return {name: mean[name] for name in unchanged} | {
         "supervised": supervised,
         "attract": (-a).expand_as(tau),
         "b2": (a - b).expand_as(tau),
-        "t5": t5,
-        "t5_slack": t5 - supervised,
-        "t4": t4,
-        "t4_slack": t4 - supervised,
-        "t6": t6,
-        "t6_slack": t6 - cosine,
+        "upper_bound": upper_bound,
+        "slack": upper_bound - supervised,
+        "class_excluded": class_excluded,
+        "class_excluded_slack": class_excluded - supervised,
+        "cosine_prototypes": cosine_prototypes,
+        "cosine_prototypes_slack": cosine_prototypes - supervised_cosine,
         "certified": certified,
         "certified_slack": certified - supervised,
     }

@@ -1,4 +1,4 @@
-"""What a balance will do, foreseen before the first step from the untrained encoder."""
+"""A forecast before the first training step: at which alpha embeddings will collapse or positives will separate."""
 
 import copy
 from dataclasses import dataclass
@@ -8,56 +8,57 @@ import torch.nn.functional as F
 
 from scclr.augment import Augment
 from scclr.datasets import ImageSet
-from scclr.loader import views
-from scclr.losses import Softmax
-from scclr.model import Model
-from scclr.theory.stage import AFTER, in_channels
+from scclr.encoders.model import Model
+from scclr.losses import LogSumExpForm
+from scclr.theory.embed import by_image, fresh_views
 from scclr.theory.thresholds import augmentation_correlations, collapse_threshold, misalignment_onset
 
-IMAGES, VIEWS, SIDE = 1024, 8, 8
+FORECAST_IMAGES, FORECAST_VIEWS = 1024, 8
+PIXELS = 8  # the side to which views are averaged down
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The edges of alpha between which embeddings neither collapse nor keep positives apart."""
+    """The range of alpha in which embeddings neither collapse nor separate positives."""
 
-    r_max: float  # the largest canonical correlation between views, of pixels and the untrained encoder's h
+    r_max: float  # largest canonical correlation between views, of pixels and the untrained encoder's h
     alpha_col: float
-    alpha_mis: float  # 0 for the decoupled loss, which has no such onset
+    alpha_mis: float  # 0 for the decoupled loss, which never separates positives
 
     def warnings(self, alphas: list[float]) -> list[str]:
-        """A line for every edge that one of ``alphas`` is beyond."""
+        """One line for each end of the range that one of ``alphas`` lies beyond."""
         lines = []
         if max(alphas) > self.alpha_col:
             lines.append(
                 f"alpha={max(alphas):g} is above {self.alpha_col:.3f}: embeddings are forecast to collapse to a point "
-                f"(r_max {self.r_max:.3f} before training); a weaker augmentation raises this edge"
+                f"(r_max {self.r_max:.3f} before training); lower alpha, or weaken the augmentation to raise this limit"
             )
         if min(alphas) < self.alpha_mis:
             lines.append(
                 f"alpha={min(alphas):g} is below {self.alpha_mis:.3f}: at this temperature and batch size the best "
-                "embedding keeps positives apart; loss=decoupled has no such edge"
+                "embedding separates positives; raise alpha, or type loss=decoupled, which has no such limit"
             )
         return lines
 
 
 @torch.no_grad()
-def forecast(model: Model, data: ImageSet, augment: Augment, softmax: Softmax, *, batch: int, seed: int) -> Forecast:
-    """From eight views of the first 1,024 images, in batches with their own statistics, as in training.
+def forecast_collapse(
+    model: Model, data: ImageSet, augment: Augment, form: LogSumExpForm, *, batch: int, seed: int
+) -> Forecast:
+    """The forecast from eight views of the first 1,024 images, in batches of ``batch`` with their own statistics.
 
-    The features are those that a linear map finds at the start: the untrained h, and the pixels, averaged down to
-    8 x 8. The model, its buffers and all random states stay as they are.
+    The features are what a linear map can use at the start: the untrained h, and the pixels averaged down to 8 x 8. The
+    model, its buffers and all random states stay as they are.
     """
-    twin = copy.deepcopy(model).train()  # its running statistics move, not the model's
-    calls, parts = -(-VIEWS // len(augment.views)), []
-    for number in range(max(1, min(IMAGES, len(data)) // batch)):
+    twin = copy.deepcopy(model).train()  # its running statistics change, not the model's
+    parts = []
+    for number in range(max(1, min(FORECAST_IMAGES, len(data)) // batch)):
         part = data[slice(number * batch, (number + 1) * batch)]
-        steps = (AFTER + number * calls + call for call in range(calls))
-        seen = [in_channels(views(part, augment, seed=seed, step=step), model.channels) for step in steps]
-        blocks = torch.cat([twin(x)[0].float() for x in seen]), F.adaptive_avg_pool2d(torch.cat(seen), SIDE).flatten(1)
-        parts.append([x.unflatten(0, (-1, len(part)))[:VIEWS] for x in blocks])  # [M, b, D]
-    features = [torch.cat(block, 1) for block in zip(*parts, strict=True)]
+        seen = list(fresh_views(part, augment, FORECAST_VIEWS, model.channels, seed=seed, part=number))
+        outputs = [twin(x)[0] for x in seen], [F.adaptive_avg_pool2d(x, PIXELS).flatten(1) for x in seen]
+        parts.append([by_image(x, len(part), FORECAST_VIEWS) for x in outputs])  # h and pixels, [b, 8, D]
+    features = [torch.cat(rows) for rows in zip(*parts, strict=True)]
     scaled = [x / x.std((0, 1)).mean().clamp(min=torch.finfo(x.dtype).tiny) for x in features]
-    r_max = augmentation_correlations(*torch.cat(scaled, 2))[0].item()
-    onset = 0.0 if softmax.decoupled else misalignment_onset(batch, float(softmax.temperature))
+    r_max = augmentation_correlations(*torch.cat(scaled, 2).unbind(1))[0].item()
+    onset = 0.0 if form.decoupled else misalignment_onset(batch, form.temperature)
     return Forecast(r_max, collapse_threshold(r_max), onset)

@@ -1,11 +1,12 @@
-"""Runs that are killed, stopped, starved of disk or robbed of a process, and then typed again.
+"""Runs and sweeps that are killed, stopped, or lose their disk, their output or a process, and are then typed again.
 
-CI runs a short form; ``pytest tests/faults --full -n 0`` is the full one (20 kills, about ten minutes on two cores).
+CI runs a short form; ``pytest tests/faults --full -n 0`` is the full one (20 kills, fifteen minutes on two cores).
 """
 
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,12 +20,15 @@ import pytest
 import torch
 from conftest import TINY, result_of, rows_of
 
-from scclr.checkpoint import GENERATIONS, load, resume, save
-from scclr.config import UserError
-from scclr.preemption import STOPPED
+from scclr.config.errors import UserError
+from scclr.run.checkpoint import GENERATIONS, load, resume, save
+from scclr.run.lock import run_lock
+from scclr.run.preemption import STOPPED
+from scclr.run.sweep import remembered
 
 pytestmark = pytest.mark.slow
 LINE = [*TINY, "pretrain.epochs=14", "pretrain.log_every=5", "pretrain.knn_every=5", "checkpoint.every=2", "runs=runs"]
+STEPS = ("scclr.pretrain.loop", "train_step")
 # Runs the command line after replacing a function of scclr by one that raises a signal or an error at its n-th call.
 HOOK = """
 import importlib, os, signal, sys
@@ -61,6 +65,7 @@ def _nothing_left() -> Iterator[None]:
 def start(
     folder: Path, *words: str, hook: tuple[str, str, int, str, int] | None = None, **env: str
 ) -> subprocess.Popen:
+    """``scclr train`` with these words, as the leader of a process group."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **env}
     command = ["-m", "scclr", "train"]
     if hook is not None:
@@ -68,8 +73,15 @@ def start(
         command = [str(folder.parent / "hook.py")]
         environment["FAULT"] = " ".join(map(str, hook))
     out, line = subprocess.PIPE, [sys.executable, *command, *words]
-    STARTED.append(subprocess.Popen(line, cwd=folder, env=environment, stdout=out, stderr=out, text=True))
+    STARTED.append(
+        subprocess.Popen(line, cwd=folder, env=environment, stdout=out, stderr=out, text=True, process_group=0)
+    )
     return STARTED[-1]
+
+
+def in_full_form(runs: bool) -> None:
+    if not runs:
+        pytest.skip("in the full form")
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -112,13 +124,13 @@ def same(run: Path, other: Path) -> None:
 
 
 KILLS = [
-    ("os", "fsync", 9),  # the next checkpoint is on the disk, under another name
-    ("os", "replace", 6),  # before one of the two renames
-    ("os", "replace", 7),
-    ("scclr.stages", "probe_encoder", 2),
-    ("scclr.stages", "probe_pixels", 1),
-    ("scclr.stages", "knn_top1", 2),
-    ("scclr.train", "machine", 1),  # everything is done but result.json
+    ("os", "fsync", 11),  # the second checkpoint is written, under its temporary name
+    ("os", "replace", 6),  # before the first of its two renames
+    ("os", "replace", 7),  # between them
+    ("scclr.train", "probe_encoder", 2),
+    ("scclr.train", "probe_pixels", 1),
+    ("scclr.train", "knn_accuracy", 2),
+    ("scclr.run.machine", "describe", 1),  # everything is done but result.json
 ]
 
 
@@ -150,24 +162,28 @@ def test_a_killed_run_is_finished_by_typing_it_again(whole: tuple[Path, float], 
         same(run_of(folder), run)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_a_signal_ends_the_step_and_saves(name: str, whole: tuple[Path, float], tmp_path: Path, full: bool) -> None:
-    if not full and name != "SIGUSR1":
-        pytest.skip("in the full form")
-    hook = ("scclr.pretrain", "train_step", 38, name, 0)
-    err = finish(start(tmp_path, *LINE, hook=hook), 130 if name == "SIGINT" else STOPPED)
+    in_full_form(full or name == "SIGUSR1")
+    err = finish(start(tmp_path, *LINE, hook=(*STEPS, 38, name, 0)), 130 if name == "SIGINT" else STOPPED)
     assert "type the same command to go on" in err
     assert load(run_of(tmp_path))["step"] == 38, "the step was finished and saved"
     finish(start(tmp_path, *LINE))
     same(run_of(tmp_path), whole[0])
 
 
+@pytest.mark.parametrize("moment", [("scclr.components", "prepare"), ("scclr.train", "check_data")])
+def test_a_signal_before_the_training_means_the_same(moment: tuple[str, str], tmp_path: Path, full: bool) -> None:
+    in_full_form(full)
+    err = finish(start(tmp_path, *LINE, hook=(*moment, 1, "SIGTERM", 0)), STOPPED)
+    assert err == "stopped by SIGTERM; type the same command to go on\n"
+
+
 @pytest.mark.parametrize("action", ["raise", "SIGKILL", "SIGTERM"])
 def test_a_rank_that_fails_ends_the_job_with_its_message(action: str, tmp_path: Path, full: bool) -> None:
-    if not full and action != "SIGKILL":
-        pytest.skip("in the full form")
+    in_full_form(full or action == "SIGKILL")
     line = [*LINE, "nproc=2", "pretrain.epochs=6"]
-    hook = ("scclr.pretrain", "train_step", 9, action, 1)
+    hook = (*STEPS, 9, action, 1)
     clock = time.monotonic()
     process = start(tmp_path, *line, hook=hook)
     err = finish(process, STOPPED if action == "SIGTERM" else 1)
@@ -206,9 +222,8 @@ def test_damage_is_never_loaded(tmp_path: Path, full: bool) -> None:
 
 
 def test_a_damaged_checkpoint_costs_one_generation(whole: tuple[Path, float], tmp_path: Path, full: bool) -> None:
-    if not full:
-        pytest.skip("in the full form")
-    hook = ("scclr.pretrain", "train_step", 38, "SIGKILL", 0)
+    in_full_form(full)
+    hook = (*STEPS, 38, "SIGKILL", 0)
     finish(start(tmp_path, *LINE, hook=hook), -signal.SIGKILL)
     path = run_of(tmp_path) / GENERATIONS[0]
     path.write_bytes(path.read_bytes()[:-1000])
@@ -230,8 +245,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_said_and_mended(whole: tuple[Path, float], small_disk: Path, full: bool) -> None:
-    if not full:
-        pytest.skip("in the full form")
+    in_full_form(full)
     filler = small_disk / "filler"
     filler.write_bytes(bytes(20 * 2**20))
     assert "free space" in last_line(finish(start(small_disk, *LINE), 1)), "before the run"
@@ -263,10 +277,110 @@ def test_a_dead_wandb_service_does_not_stop_a_run(whole: tuple[Path, float], tmp
 
 
 def test_locale_zone_and_home_have_no_effect(whole: tuple[Path, float], tmp_path: Path, full: bool) -> None:
-    if not full:
-        pytest.skip("in the full form")
+    in_full_form(full)
     odd = {"LC_ALL": "C", "LANG": "tr_TR", "TZ": "Pacific/Kiritimati", "HOME": "/proc/1/nowhere"}
     finish(start(tmp_path, *LINE, WANDB_MODE="offline", **odd))
     run = run_of(tmp_path)
     assert rows_of(run) == rows_of(whole[0])
     assert json.loads((run / "result.json").read_text())["metrics"] == result_of(whole[0])["metrics"]
+
+
+def test_output_that_nobody_reads_costs_nothing(whole: tuple[Path, float], tmp_path: Path, full: bool) -> None:
+    in_full_form(full)
+    line = shlex.join([sys.executable, "-m", "scclr", "train", *LINE])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    piped = ["bash", "-o", "pipefail", "-c", f"{line} 2>&1 | head -1"]
+    done = subprocess.run(piped, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
+    same(run_of(tmp_path), whole[0])
+
+
+def test_processes_of_a_run_report_the_users_error_in_one_line(
+    whole: tuple[Path, float], tmp_path: Path, full: bool
+) -> None:
+    in_full_form(full)
+    run = tmp_path / "runs" / "default" / whole[0].name
+    with run_lock(run, overwrite=False):
+        err = finish(start(tmp_path, *LINE, "nproc=2"), 1)
+    assert err.startswith(f"scclr train: error: rank 0: {run.relative_to(tmp_path)}: another process works on this run")
+    assert len(err.splitlines()) == 1
+    assert not (run / "error.txt").exists()
+
+
+# ---------------------------------------------------------------- sweeps
+
+SWEEP = ["-m", "seed=0,1,2,3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *LINE]
+
+
+def points_at_work(folder: Path) -> dict[Path, int]:
+    """The run folders of two points that have saved, and the numbers of their processes."""
+    while len(saved := [path.parent for path in folder.glob("runs/*/*/last.pt")]) < 2:
+        time.sleep(0.01)
+    return {run: int((run / ".holder").read_text().split()[1]) for run in saved}
+
+
+def processes_of(group: int) -> list[str]:
+    """The processes of a process group that still work."""
+    shown = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in shown.splitlines()]
+    return [command for number, state, command in rows if int(number) == group and not state.startswith("Z")]
+
+
+@pytest.mark.parametrize("to", ["process", "group"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_to_a_sweep_saves_what_runs(
+    name: str, to: str, whole: tuple[Path, float], tmp_path: Path, full: bool
+) -> None:
+    in_full_form(full or (name, to) == ("SIGTERM", "group"))
+    process = start(tmp_path, *SWEEP)
+    running = points_at_work(tmp_path)
+    steps = {run: load(run)["step"] for run in running}
+    (os.killpg if to == "group" else os.kill)(process.pid, getattr(signal, name))
+    err = finish(process, 130 if name == "SIGINT" else STOPPED)
+    assert "type the same command to go on" in last_line(err)
+    assert "Traceback" not in err
+    assert processes_of(process.pid) == []
+    runs = sorted((tmp_path / "runs" / "default").glob("*/"))
+    assert runs == sorted(running), "no other point has started"
+    assert all(load(run)["step"] >= step for run, step in steps.items())
+    assert not list(tmp_path.glob("runs/*/*/error.txt"))
+    finish(start(tmp_path, *SWEEP))
+    assert len(list(tmp_path.glob("runs/*/*/result.json"))) == 4
+    same(tmp_path / "runs" / "default" / whole[0].name, whole[0])
+
+
+def test_a_killed_point_costs_itself_only(tmp_path: Path, full: bool) -> None:
+    in_full_form(full)
+    process = start(tmp_path, *SWEEP)
+    run, number = next(iter(points_at_work(tmp_path).items()))
+    os.kill(number, signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert "4 points: 3 done, 1 failed" in out
+    assert f"({run.relative_to(tmp_path)}): killed by SIGKILL; type the command again" in last_line(out)
+    finish(start(tmp_path, *SWEEP))
+    assert len(list(tmp_path.glob("runs/*/*/result.json"))) == 4
+
+
+def test_a_killed_sweep_leaves_no_process(tmp_path: Path, full: bool) -> None:
+    in_full_form(full)
+    process = start(tmp_path, *SWEEP)
+    running = points_at_work(tmp_path)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while processes_of(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(list(tmp_path.glob("runs/*/*/last.pt"))) == len(running)
+
+
+def test_sweeps_that_start_together_lose_no_point(tmp_path: Path, full: bool) -> None:
+    in_full_form(full)
+    pairs = [f"seed={2 * i},{2 * i + 1}" for i in range(4)]
+    sweeps = [start(tmp_path, "-m", pair, "stages=[pretrain]", *TINY) for pair in pairs]
+    for process in sweeps:
+        finish(process)
+    points = remembered(tmp_path / "runs" / "default")
+    assert sorted(point.words for point in points) == [f"seed={i}" for i in range(8)]
+    assert [(tmp_path / point.directory).joinpath("result.json").exists() for point in points] == [True] * 8

@@ -1,0 +1,215 @@
+"""From composed YAML to a checked ``TrainConfig``, and from that to the identity of a run.
+
+A run is its configuration and its data: the same configuration on the same data has the same run folder.
+"""
+
+import hashlib
+import json
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING as NO_DEFAULT
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from scclr.config.build import argument_defaults, typed_arguments
+from scclr.config.errors import UserError, did_you_mean, one_line, require
+from scclr.config.schema import COMPONENTS, TrainConfig
+
+# What a run without pretraining takes from the checkpoint that it evaluates. The theory may use another augmentation.
+ADOPTED = (
+    *("alpha", "alpha_schedule", "alpha_end", "seed"),
+    *("augment", "encoder", "projector", "loss", "optimizer", "pretrain"),
+)
+# What may differ between two attempts at the same run: the machine, where files lie, and who watches.
+VOLATILE = ("device", "nproc", "deterministic", "runs", "name", "overwrite", "checkpoint", "tracking")
+VOLATILE_DATASET = ("root", "workers")
+SUPPLIED = {"encoder": ("in_channels", "image_size"), "loss": ("classes",), "optimizer": ("model", "batch_size")}
+PAPER_ALPHA = 0.5  # alpha=null: the plain sum A + R, which is the loss of its paper
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Where a run lives, and which runs differ from it in the seed alone."""
+
+    directory: Path  # <runs>/<name>/<loss>-alpha<alpha>-seed<seed>-<hash>
+    group: str  # the name that all seeds of a configuration share
+
+
+def resolve(config: DictConfig, name: str | None = None) -> TrainConfig:
+    """The composed YAML as a typed and checked ``TrainConfig``.
+
+    Args:
+        name: the folder inside ``runs``, unless the configuration names one.
+
+    Raises:
+        UserError: a key that nobody reads, a missing value or one of another type, a value out of range, or an
+            ``alpha`` that the loss would ignore.
+    """
+    _refuse_unknown(config, TrainConfig, "")
+    try:
+        filled: dict[str, object] = {"name": name or "default"} if config.name is None else {}
+        filled |= {"alpha": PAPER_ALPHA} if config.alpha is None and "alpha" in config.loss else {}
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), config, filled))
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is missing: type {error.full_key}=...") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or error.key}: {one_line(error)}") from error
+    assert isinstance(typed, TrainConfig)
+    return typed
+
+
+def identify(config: TrainConfig, data: str) -> RunIdentity:
+    """The folder and the group of a run.
+
+    The hash covers what the run computes: every value of the configuration but the volatile ones (the machine, paths,
+    tracking), the data, and the contents of ``init_from``. Values that equal a default of the schema or of a
+    constructor are left out, so that a key which is added with a default changes no hash.
+
+    Args:
+        data: what identifies the dataset's files (``Source.digest``).
+    """
+    plain = {**essence(asdict(config)), "data": data}
+    if config.init_from is not None:
+        plain["init_from"] = hashlib.sha256(checkpoint_path(config.init_from).read_bytes()).hexdigest()
+    balance = "" if config.alpha is None else f"-alpha{config.alpha:g}"
+    title = f"{config.loss_name}{balance}" + ("" if config.alpha_end is None else f"to{config.alpha_end:g}")
+    group = _hash8({key: value for key, value in plain.items() if key != "seed"})
+    directory = Path(config.runs) / (config.name or "default") / f"{title}-seed{config.seed}-{_hash8(plain)}"
+    return RunIdentity(directory, f"{title}-{group}")
+
+
+def essence(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration, as nested plain values, that says what a run computes. See ``identify``."""
+    kept = {key: value for key, value in plain.items() if key not in VOLATILE}
+    found = _without_defaults(kept, TrainConfig)
+    for group in COMPONENTS:
+        node, defaults = kept[group], argument_defaults(group, kept[group])
+        typed = typed_arguments(group, node, *SUPPLIED.get(group, ()))
+        different = {key: value for key, value in typed.items() if key not in defaults or defaults[key] != value}
+        found[group] = {"_target_": node["_target_"], **different}
+    for key in VOLATILE_DATASET:
+        found["dataset"].pop(key, None)
+    if "cache" in found["dataset"]:  # crops are then cut from its squares, wherever they lie
+        found["dataset"]["cache"] = True
+    return found
+
+
+def _without_defaults(plain: Mapping[str, Any], schema: type) -> dict[str, Any]:
+    known = {field.name: field for field in fields(schema)}
+    found = {}
+    for key, value in plain.items():
+        nested = known[key].type
+        if is_dataclass(nested):
+            found[key] = _without_defaults(value, typing.cast(type, nested))
+        elif _default(known[key]) != value:
+            found[key] = value
+    return found
+
+
+def _default(field: "Field[Any]") -> Any:
+    return object() if field.default in (MISSING, NO_DEFAULT) else field.default
+
+
+def _hash8(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def adopt(config: TrainConfig, saved: Mapping[str, Any], typed: Iterable[str] = ()) -> TrainConfig:
+    """``config`` with what defines the encoder taken from ``saved``, the configuration inside a checkpoint.
+
+    Args:
+        typed: overrides of the command line. If the theory is a stage, its overrides of ``augment`` stay.
+
+    Raises:
+        UserError: ``saved`` is no configuration of this version, or holds an interpolation, which would be resolved in
+            the environment of the reader.
+    """
+    require(not _interpolates(saved), f"init_from={config.init_from}: its configuration holds an interpolation (${{)")
+    taken = {key: saved[key] for key in ADOPTED if key in saved}
+    if "theory" in config.stages and "augment" in taken:
+        words = [dotted(override) for override in typed if root_key(override) == "augment"]
+        changed = [word.split(".")[1] for word in words if "." in word]
+        other = {key: value for key, value in config.augment.items() if key in changed}
+        taken["augment"] = config.augment if "augment" in words else {**taken["augment"], **other}
+    try:
+        return resolve(OmegaConf.create({**asdict(config), **taken}))
+    except UserError as error:
+        raise UserError(f"init_from={config.init_from}: another version of scclr wrote it ({error})") from error
+
+
+def _interpolates(node: object) -> bool:
+    if isinstance(node, Mapping):
+        return any(_interpolates(value) for value in node.values())
+    if isinstance(node, list | tuple):
+        return any(_interpolates(value) for value in node)
+    return isinstance(node, str) and "${" in node
+
+
+def refuse_other(config: TrainConfig, saved: Mapping[str, Any], directory: Path) -> None:
+    """Raise ``UserError`` if ``saved``, the configuration in the run folder, is of another run than ``config``."""
+    here, there = ({**_leaves(essence(plain)), "init_from": None} for plain in (asdict(config), saved))
+    others = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
+    shown = ", ".join(f"{key}={there.get(key)} there, {here.get(key)} here" for key in others)
+    advice = "type name=<another folder>, or overwrite=true to discard what is there"
+    require(not others, f"{directory} holds another run ({shown}): {advice}")
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def refuse_ignored(config: TrainConfig, overrides: Iterable[str]) -> None:
+    """Raise ``UserError`` for an override that a run without pretraining would ignore, since its checkpoint decides."""
+    if "pretrain" not in config.stages:
+        stages = f"stages=[{','.join(config.stages)}]"
+        for override in overrides:
+            key = root_key(override)
+            read = key not in ADOPTED or (key == "augment" and "theory" in config.stages)
+            require(read, f"{override}: {stages} takes {key} from init_from; drop it")
+
+
+def dotted(override: str) -> str:
+    """The key that an override of the command line sets."""
+    return override.lstrip("+~").split("=")[0]
+
+
+def root_key(override: str) -> str:
+    """The first part of that key."""
+    return dotted(override).split(".")[0]
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """What to say of a key that nobody reads."""
+    if "accumul" in key:
+        return f"{key}: adding up small batches adds no negatives; type pretrain.micro_batch=... for the whole gradient"
+    return f"{key}: no such key{did_you_mean(key, known) or '; `scclr train --help` lists the keys'}"
+
+
+def _refuse_unknown(config: DictConfig, schema: type, prefix: str) -> None:
+    """OmegaConf accepts ``+typo=1`` beside a schema, but nothing would read it."""
+    known = {field.name: field.type for field in fields(schema)}
+    for key in map(str, config):
+        require(key in known, f"{prefix}{unknown_key(key, known)}")
+        if is_dataclass(nested := known[key]) and isinstance(value := config[key], DictConfig):
+            _refuse_unknown(value, typing.cast(type, nested), f"{prefix}{key}.")
+
+
+def checkpoint_path(source: str | Path) -> Path:
+    """The checkpoint file that a run folder or a file name means.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    path = Path(source)
+    if path.is_dir():
+        require((path / "last.pt").is_file(), f"{path}: no last.pt in this folder; give a run folder or a checkpoint")
+        return path / "last.pt"
+    require(path.is_file(), f"{path}: no such file or folder; give a run folder or a checkpoint")
+    return path

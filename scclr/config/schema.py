@@ -1,0 +1,216 @@
+"""The configuration of a run as typed dataclasses: what every key means, and which values it may have.
+
+A value without a default here gets one in ``conf/train.yaml``, with its source. A default *here* belongs to a key that
+was added later: a value that equals it is not part of a run's identity (``resolve.identify``), so the key changes no
+existing run. Such a default must therefore never change.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from scclr.config.errors import require, require_choice, require_range
+
+STAGES = ("pretrain", "probe", "theory")
+COMPONENTS = ("dataset", "augment", "encoder", "loss", "optimizer")
+
+
+def described(text: str, default: Any = MISSING) -> Any:
+    """A field with a line for ``scclr train --help``."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ProjectorConfig:
+    """The MLP from ``h`` [B, D] to the embedding before normalization [B, out_dim] (SimCLR, sec. 4.2)."""
+
+    depth: int = described("number of linear layers; 0 uses h itself as the embedding")
+    hidden_dim: int = described("width of the hidden layers")
+    out_dim: int = described("dimensions of the embedding")
+    batch_norm: bool = described("put batch normalization after every hidden layer")
+    normalize: bool = described("scale embeddings to unit length; false needs loss.similarity=dot")
+
+    def __post_init__(self) -> None:
+        require_range("projector", self, depth=(0, 100), hidden_dim=(1, 10**6), out_dim=(1, 10**6))
+
+
+@dataclass
+class PretrainConfig:
+    """The numbers of the pretraining loop."""
+
+    epochs: int = described("passes over the training images")
+    batch_size: int = described("images in a step, over all processes; each image gives two views or more")
+    micro_batch: int | None = described("at most this many images in the encoder at once, with the same gradient", None)
+    warmup: float = described("share of the steps over which the learning rate rises linearly")
+    precision: str = described("auto | fp32 | bf16 | fp16 of the forward pass; the loss is always computed in fp32")
+    channels_last: bool = described("store images and activations with the channels last")
+    compile: bool = described("compile encoder and projector with torch.compile")
+    log_every: int = described("steps between two rows of metrics.jsonl")
+    knn_every: int = described("epochs between two kNN evaluations on the validation split; 0 never evaluates")
+    knn_images: int = described("at most this many training images serve as neighbours in these evaluations")
+
+    def __post_init__(self) -> None:
+        require_range("pretrain", self, epochs=(1, 10**9), batch_size=(2, 10**9), warmup=(0, 1))
+        require_range("pretrain", self, log_every=(1, 10**12), knn_every=(0, 10**9), knn_images=(1, 10**12))
+        if self.micro_batch is not None:
+            require_range("pretrain", self, micro_batch=(1, math.inf))
+        require_choice("pretrain.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+
+
+@dataclass
+class ProbeConfig:
+    """How a frozen encoder is evaluated."""
+
+    l2: list[float] = described("L2 strengths of the logistic regression; the validation split chooses one")
+    max_iter: int = described("at most this many L-BFGS iterations in a fit")
+    knn_k: int = described("number of nearest neighbours that vote")
+    knn_temperature: float = described("a neighbour's vote has the weight exp(cosine / knn_temperature)")
+    batch_size: int = described("images in a forward pass")
+
+    def __post_init__(self) -> None:
+        require(min(self.l2, default=0) > 0, f"probe.l2={self.l2}: give one or more positive strengths")
+        require_range("probe", self, max_iter=(1, 10**6), knn_k=(1, 10**6), batch_size=(1, 10**6))
+        require_range("probe", self, knn_temperature=(1e-6, math.inf))
+
+
+@dataclass
+class TheoryConfig:
+    """How many images and views the theory is estimated from."""
+
+    images: int = described("at most this many training images")
+    views: int = described("augmented views of each image")
+    temperatures: list[float] = described("temperatures at which the bound is evaluated, besides that of the training")
+
+    def __post_init__(self) -> None:
+        require_range("theory", self, images=(4, math.inf))
+        require(self.views >= 2, f"theory.views={self.views}: the mean over augmentations needs two views or more")
+        message = f"theory.temperatures={list(self.temperatures)}: give one or more positive numbers"
+        require(min(self.temperatures, default=0) > 0, message)
+
+
+@dataclass
+class CheckpointConfig:
+    """When ``last.pt`` is written, besides after the last step and on a signal."""
+
+    every: str = described("a number of steps, as in 500, or a time, as in 30s, 10min or 1h")
+
+    def __post_init__(self) -> None:
+        known = re.fullmatch(r"[1-9]\d*|(?=.*[1-9])\d+(\.\d+)?(s|min|h)", self.every)
+        require(known is not None, f"checkpoint.every={self.every}: give steps, as in 500, or time, as in 10min")
+
+    @property
+    def steps(self) -> int | None:
+        """Steps between two checkpoints; None if ``every`` is a time."""
+        return int(self.every) if self.every.isdecimal() else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds between two checkpoints; None if ``every`` is a number of steps."""
+        units = {"s": 1, "min": 60, "h": 3600}
+        unit = self.every.lstrip("0123456789.")
+        return float(self.every.removesuffix(unit)) * units[unit] if unit else None
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases. The files of the run folder are written in any case."""
+
+    mode: str = described("offline | online | disabled")
+    project: str = described("the W&B project")
+    entity: str | None = described("the W&B user or team; null is the one that you are logged in as")
+
+    def __post_init__(self) -> None:
+        require_choice("tracking.mode", self.mode, ("offline", "online", "disabled"))
+        require(self.project != "", "tracking.project is empty: type tracking.project=<name>")
+
+
+@dataclass
+class TrainConfig:
+    """Everything that ``scclr train`` reads."""
+
+    alpha: float | None = described("balance in [0, 1]: total = 2 (alpha attraction + (1 - alpha) repulsion)")
+    alpha_schedule: str = described("constant | linear | cosine: how alpha goes to alpha_end over the training")
+    alpha_end: float | None = described("balance at the end of an alpha_schedule")
+    seed: int = described("seed of the initial weights, the order of the images and the augmentations")
+    device: str = described("auto | cpu | cuda; auto takes CUDA if there is any")
+    nproc: int = described("number of processes on this machine that train together; one for each GPU")
+    deterministic: bool | None = described("use only kernels that repeat bit by bit; null: yes on a CPU, no on CUDA")
+    stages: list[str] = described("what to do: [pretrain,probe,theory], or some of these in this order")
+    runs: str = described("folder of all runs")
+    name: str | None = described("folder of this run inside runs; null takes the name of the experiment, or default")
+    init_from: str | None = described("run folder or checkpoint whose weights the run starts from or evaluates")
+    overwrite: bool = described("discard a run with this configuration, and begin it anew")
+    dataset: dict[str, Any] = MISSING
+    augment: dict[str, Any] = MISSING
+    encoder: dict[str, Any] = MISSING
+    projector: ProjectorConfig = MISSING
+    loss: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    pretrain: PretrainConfig = MISSING
+    probe: ProbeConfig = MISSING
+    theory: TheoryConfig = MISSING
+    checkpoint: CheckpointConfig = MISSING
+    tracking: TrackingConfig = MISSING
+
+    def __post_init__(self) -> None:
+        refuse_not_finite(asdict(self))
+        require_range("", self, seed=(0, 2**63 - 1), nproc=(1, 10**6))
+        require_choice("device", self.device, ("auto", "cpu", "cuda"))
+        require(self.runs != "", "runs is empty: type runs=<folder>")
+        chosen = ",".join(self.stages)
+        in_order = len(self.stages) > 0 and list(self.stages) == [s for s in STAGES if s in self.stages]
+        require(in_order, f"stages=[{chosen}]: choose from [{','.join(STAGES)}], in this order")
+        encoder = "pretrain" in self.stages or self.init_from is not None
+        require(encoder, f"stages=[{chosen}] needs an encoder: add init_from=<run folder or checkpoint>")
+        plain = self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name)
+        require(plain, f"name={self.name}: give a plain folder name")
+        self._check_alpha()
+        unit = self.projector.normalize or self.loss.get("similarity") == "dot"
+        advice = "type loss=balanced loss.similarity=dot alpha=0.5"
+        require(unit, f"projector.normalize=false needs a loss for embeddings of any length: {advice}")
+
+    def _check_alpha(self) -> None:
+        loss = self.loss_name
+        if "alpha" not in self.loss:
+            for name, value in {"alpha": self.alpha, "alpha_end": self.alpha_end}.items():
+                advice = f"drop it, or type loss=balanced {f'alpha={value}' if name == 'alpha' else ''}".strip()
+                require(value is None, f"loss={loss} has no balance, so {name}={value} would be ignored: {advice}")
+            require(self.alpha_schedule == "constant", f"loss={loss} has no balance: drop alpha_schedule")
+            return
+        require(self.alpha is not None, f"loss={loss} needs a balance: type alpha=0.5, or another number in [0, 1]")
+        assert self.alpha is not None
+        require(0 <= self.alpha <= 1, f"alpha={self.alpha}: the balance is a number in [0, 1]; alpha=0.5 is NT-Xent")
+        require(self.loss["alpha"] == self.alpha, "loss.alpha follows the root value: type alpha=... instead")
+        require_choice("alpha_schedule", self.alpha_schedule, ("constant", "linear", "cosine"))
+        if self.alpha_schedule == "constant":
+            require(self.alpha_end is None, f"alpha_end={self.alpha_end} would be ignored: add alpha_schedule=linear")
+            return
+        ends = self.alpha_end is not None and 0 <= self.alpha_end <= 1
+        require(ends, f"alpha_schedule={self.alpha_schedule}: add alpha_end=<a number in [0, 1]>")
+
+    @property
+    def last_alpha(self) -> float:
+        """The balance at the end of the training; 0.5 for a loss without one."""
+        ends = (self.alpha_end, self.alpha, 0.5)
+        return next(alpha for alpha in ends if alpha is not None)
+
+    @property
+    def loss_name(self) -> str:
+        """The word after ``loss=``, which is the module of the target."""
+        return str(self.loss.get("_target_", "?.?")).rsplit(".", 2)[-2]
+
+
+def refuse_not_finite(node: object, key: str = "") -> None:
+    """Raise ``UserError`` for the first number of a configuration that is infinite or not a number."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            refuse_not_finite(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list | tuple):
+        for value in node:
+            refuse_not_finite(value, key)
+    elif isinstance(node, float):
+        require(math.isfinite(node), f"{key}={node}: give a finite number")

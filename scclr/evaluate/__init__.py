@@ -1,0 +1,1 @@
+"""Evaluation protocols on the features of a frozen encoder."""

@@ -1,0 +1,108 @@
+"""Everything that a training step changes, which is everything that a checkpoint must hold."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from scclr.config.errors import UserError
+from scclr.encoders.model import Model
+from scclr.losses import Loss, LossTerms
+from scclr.run import distributed
+
+
+class NotFiniteError(UserError):
+    """The loss or a weight is infinite or not a number after ``step``."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"the loss is not finite at step {step}: lower optimizer.lr, raise loss.temperature or type "
+            "pretrain.precision=fp32; crash.pt holds the weights and the batch"
+        )
+        self.step = step
+
+
+class LossWindow:
+    """The loss terms of the steps since the last logged row. They stay on the device until a row or a checkpoint."""
+
+    def __init__(self, begin: int = 0) -> None:
+        self.parts: list[Tensor] = []  # each [steps, 3]
+        self.begin = self.timed_from = begin
+        self.clock = time.perf_counter()
+
+    def add(self, terms: LossTerms) -> None:
+        """Remember the terms of one more step."""
+        self.parts.append(torch.stack(terms).unsqueeze(0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The terms as means over processes, float64 [steps, 3]. The host waits for the device here.
+
+        Raises:
+            NotFiniteError: the terms of a step are not finite in some process.
+        """
+        terms = torch.cat(self.parts).double() if self.parts else torch.zeros(0, 3, dtype=torch.float64)
+        terms = (distributed.all_reduce_sum(terms) / distributed.world_size()).cpu()
+        bad = terms.isfinite().all(1).logical_not().nonzero()
+        if len(bad) > 0:
+            raise NotFiniteError(self.begin + int(bad[0]))
+        return {"terms": terms, "begin": self.begin}
+
+    def load_state_dict(self, saved: dict[str, Any], device: torch.device) -> None:
+        """Go on with the terms of a checkpoint."""
+        self.parts, self.begin = [saved["terms"].to(device)], saved["begin"]
+
+    def means(self, step: int, batch_size: int) -> dict[str, float]:
+        """Means over the window, which ends after ``step`` steps.
+
+        Raises:
+            NotFiniteError: as ``state_dict``.
+        """
+        total, attract, repel = self.state_dict()["terms"].mean(0).tolist()
+        speed = (step - self.timed_from) * batch_size / (time.perf_counter() - self.clock)
+        return {"loss": total, "attract": attract, "repel": repel, "images_per_second": speed}
+
+
+@dataclass
+class TrainState:
+    """The model and all that is needed to train it further."""
+
+    model: Model
+    loss: Loss
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0  # steps that are finished
+    window: LossWindow = field(default_factory=LossWindow)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds. Every process of a group must call this.
+
+        Raises:
+            NotFiniteError: a loss term of the window or a weight is not finite.
+        """
+        window = self.window.state_dict()
+        if not all(bool(x.isfinite().all()) for x in self.model.state_dict().values()):
+            raise NotFiniteError(self.step)
+        return {**self.weights(), "window": window}
+
+    def weights(self) -> dict[str, Any]:
+        """``state_dict`` without the window, and without a check."""
+        return {
+            "model": self.model.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take everything from a checkpoint."""
+        self.model.load_state_dict(saved["model"])
+        self.loss.load_state_dict(saved["loss"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.step = saved["step"]
+        self.window = LossWindow(self.step)
+        self.window.load_state_dict(saved["window"], next(self.model.parameters()).device)

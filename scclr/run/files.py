@@ -1,0 +1,113 @@
+"""Files that are either whole or absent, and what is said when a disk does not take them."""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from scclr.config.errors import UserError, one_line, require
+
+FULL, READ_ONLY = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS,)
+
+
+def write_atomic(path: Path, write: Callable[[IO[bytes]], Any], keep: Path | None = None) -> None:
+    """Let ``write`` fill a new file in the same folder, then rename it to ``path``.
+
+    The new file has a random name and is opened only if nothing has that name. So two writers never share a file, and
+    no planted symbolic link is followed. If anything fails, an older ``path`` stays as it was.
+
+    Args:
+        keep: the older ``path`` is renamed to this instead of being replaced.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with open(partial, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # makes the renames themselves durable
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` in UTF-8, atomically."""
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, atomically.
+
+    Raises:
+        ValueError: a number in it is not finite.
+    """
+    write_text(path, json.dumps(value, indent=2, allow_nan=False))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it holds something else, or cannot be read; the message names it.
+    """
+    advice = "delete it and type the command again"
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({one_line(error)}); {advice}") from error
+    require(isinstance(value, dict), f"{path}: damaged (not a JSON object); {advice}")
+    return dict(value)
+
+
+def remove_partials(folder: Path) -> None:
+    """Delete what writers that were killed have left. The caller holds the lock under which files are written there."""
+    for path in folder.glob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
+def nearest_existing(path: Path) -> Path:
+    """``path``, or the closest folder above it that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.exists(folder))
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Raise ``UserError`` unless the disk of ``folder``, which may not exist yet, has ``size`` bytes free."""
+    free = shutil.disk_usage(nearest_existing(folder)).free
+    message = f"{folder}: {size / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free on its disk"
+    require(size <= free, f"{message}; free space, or type runs=<a folder on another disk>")
+
+
+def storage_error(error: OSError, path: Path | None = None) -> UserError | None:
+    """What to tell the user if ``error`` says that a disk is full or read-only; None for any other error.
+
+    Args:
+        path: what was written, for errors that do not name a file themselves.
+    """
+    if error.errno not in (*FULL, *READ_ONLY):
+        return None
+    what = error.filename or path or "the disk"
+    remedy = "free space" if error.errno in FULL else "make the disk writable"
+    return UserError(f"{what}: {error.strerror}; {remedy} and type the command again")
+
+
+def folder_error(error: OSError, folder: Path) -> UserError:
+    """What to tell the user if nothing can be written into a folder of runs."""
+    denied = UserError(f"{folder}: cannot write there ({error.strerror}); type runs=<a folder of yours>")
+    return storage_error(error, folder) or denied

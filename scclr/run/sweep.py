@@ -1,0 +1,161 @@
+"""The points of a sweep: which of them are done, running, failed, stopped or missing, and how long they take."""
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import Timeout
+
+from scclr.config.errors import UserError, require
+from scclr.run.checkpoint import GENERATIONS, load
+from scclr.run.files import folder_error, read_json, remove_partials, write_json, write_text
+from scclr.run.lock import file_lock, is_locked
+from scclr.run.result import read_result
+
+STATES = ("done", "running", "failed", "stopped", "missing")
+RECORD, LOCK = "sweep.json", ".sweep.lock"
+LOCK_SECONDS = 60  # another sweep holds the lock for some milliseconds
+
+
+class Point(NamedTuple):
+    """A run folder, and the words that the sweep adds to its command line for it."""
+
+    directory: Path
+    words: str
+
+    @property
+    def state(self) -> str:
+        """One of ``STATES``. ``stopped`` has a checkpoint to go on from, ``missing`` has none."""
+        with suppress(UserError, OSError):  # a damaged result is none
+            read_result(self.directory)
+            return "done"
+        if is_locked(self.directory):
+            return "running"
+        if (self.directory / "error.txt").exists():
+            return "failed"
+        return "stopped" if any((self.directory / name).exists() for name in GENERATIONS) else "missing"
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, up to its end or its last checkpoint; 0 if that is not known."""
+        with suppress(UserError, OSError, KeyError, TypeError, ValueError):
+            return float(read_result(self.directory)["seconds"]["total"])
+        with suppress(UserError, OSError, KeyError, TypeError, ValueError):
+            return float(load(self.directory)["seconds"])
+        return 0.0
+
+
+def fail(directory: Path, message: str) -> None:
+    """Leave ``message`` in the run folder as ``error.txt``, where a report of the sweep finds it."""
+    with suppress(OSError):  # a full disk does not take it; it has been printed
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / "error.txt", f"{message}\n")
+
+
+def remember(points: Sequence[Point]) -> None:
+    """Add the points to ``sweep.json`` beside their folders, which holds those of all sweeps.
+
+    Raises:
+        UserError: ``sweep.json`` is damaged or cannot be written, or another process does not let go of it.
+    """
+    for folder in {point.directory.parent for point in points}:
+        new = {point.directory.name: point.words for point in points if point.directory.parent == folder}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with file_lock(folder / LOCK, LOCK_SECONDS):
+                remove_partials(folder)
+                known = {point.directory.name: point.words for point in remembered(folder)}
+                write_json(folder / RECORD, {**known, **new})
+        except Timeout as error:
+            raise UserError(f"{folder / LOCK}: another process has held this lock for {LOCK_SECONDS} s") from error
+        except OSError as error:
+            raise folder_error(error, folder) from error
+
+
+def remembered(folder: Path) -> list[Point]:
+    """The points in ``sweep.json`` of a folder of runs; none without that file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / RECORD
+    try:
+        known = read_json(path)
+    except FileNotFoundError:
+        return []
+    whole = all(isinstance(words, str) for words in known.values())
+    require(whole, f"{path}: damaged (a point without its words); delete it and type the command again")
+    return [Point(folder / name, words) for name, words in known.items()]
+
+
+def status(folder: Path) -> list[str]:
+    """Lines about every run of a folder of runs.
+
+    Raises:
+        UserError: there are none, or a file about them is damaged.
+    """
+    swept = remembered(folder)
+    names = {point.directory for point in swept}
+    others = [Point(path.parent, "") for path in sorted(folder.glob("*/config.yaml")) if path.parent not in names]
+    points = swept + others
+    require(len(points) > 0, f"{folder}: no runs; give a folder such as runs/default")
+    for point in points:
+        with suppress(FileNotFoundError):
+            read_result(point.directory)
+    return [f"{folder}: {count(points)}", f"{_spent(points)} so far{_outlook(points, at_once=1)}", *listed(points)]
+
+
+def before(points: Sequence[Point], *, at_once: int) -> str:
+    """The line that a sweep begins with, if ``at_once`` of its points run at the same time."""
+    return f"{count(points)}{_outlook(points, at_once=at_once)}"
+
+
+def count(points: Sequence[Point]) -> str:
+    """How many points are in each state."""
+    states = Counter(point.state for point in points)
+    return f"{len(points)} points: " + ", ".join(f"{states[s]} {s}" for s in STATES if states[s] or s == "done")
+
+
+def listed(points: Sequence[Point]) -> list[str]:
+    """A line for each point that is not done: its state, words and folder, and the reason if it failed."""
+    lines = []
+    for point in points:
+        if (state := point.state) != "done":
+            reason = f": {_error(point)}" if state == "failed" else ""
+            lines.append(f"  {state:<8} {point.words or point.directory.name} ({point.directory}){reason}")
+    return lines
+
+
+def _error(point: Point) -> str:
+    with suppress(OSError):  # the next attempt may delete it meanwhile
+        return (point.directory / "error.txt").read_text(errors="replace").strip()
+    return "the reason was deleted"
+
+
+def _outlook(points: Sequence[Point], *, at_once: int) -> str:
+    """How long the other points may take, judged by the finished ones, or by finished runs in the same folder."""
+    finished = [point for point in points if point.state == "done"]
+    rest = len(points) - len(finished)
+    if rest == 0:
+        return ""
+    if not finished:
+        paths = {path for point in points for path in point.directory.parent.glob("*/result.json")}
+        finished = [point for path in sorted(paths) if (point := Point(path.parent, "")).state == "done"]
+    if not finished:
+        return "; no finished run beside them tells how long they take"
+    each = sum(point.seconds for point in finished) / len(finished)
+    rounds = -(-rest // min(rest, at_once))
+    return f"; about {clock(each)} each and {clock(each * rounds)} for all, as in {len(finished)} finished runs"
+
+
+def _spent(points: Sequence[Point]) -> str:
+    return clock(sum(point.seconds for point in points))
+
+
+def clock(seconds: float) -> str:
+    """A duration to read."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,225 @@
+"""The theory of a trained model: what ``stages=[theory]`` writes to ``theory.json``, and the table that it prints.
+
+Dimensions: n images, M views of each, D features of h, P embedding dimensions of z.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scclr.augment import SAMPLE_STREAM, Augment, generator
+from scclr.config.errors import UserError, one_line
+from scclr.config.schema import TheoryConfig
+from scclr.datasets import ImageSet
+from scclr.encoders.model import Model
+from scclr.theory.bound import bound
+from scclr.theory.collapse import collapse
+from scclr.theory.embed import embed
+from scclr.theory.moments import prototype_bias
+from scclr.theory.objective import supervised_objective
+from scclr.theory.sample import Sample, check_labels
+from scclr.theory.thresholds import (
+    augmentation_correlations,
+    class_threshold,
+    collapse_threshold,
+    misalignment_onset,
+)
+
+BIAS_ROWS = {  # a field of ``Bias``, and its row in the table
+    "b2": "squared bias B2 = E|mu_x - mu_y|^2",
+    "s_b": "variance between classes S_B",
+    "v_aug": "variance between views V_aug",
+    "mean_norm2": "squared norm of the mean |mu|^2",
+    "i_b": "share of the bias B2 / (B2 + S_B)",
+    "b1": "bias B1 = E|mu_x - mu_y|",
+}
+COLLAPSE_ROWS = {"cdnv": "class-distance normalized variance", "effective_rank": "effective rank"}
+BOUND_ROWS = {
+    "supervised": "supervised objective (plug-in)",
+    "upper_bound": "upper bound",
+    "slack": "  slack",
+    "margin_gap": "    gap: maximum over all classes",
+    "logsumexp_gap": "    gap: maximum to log-sum-exp",
+    "prior_gap": "    gap: unequal class shares",
+    "jensen_gap": "    gap: mean inside exp (Jensen)",
+    "class_excluded": "bound without own class",
+    "class_excluded_slack": "  slack",
+    "cosine_prototypes": "bound for unit-length prototypes",
+    "cosine_prototypes_slack": "  slack",
+    "certified": "certified upper bound",
+}
+BOUND_METRICS = (*(name for name in BOUND_ROWS if name != "supervised"), "q_same", "nscl_gap")
+SPACES = {"z": "embedding z", "h": "representation h"}
+TITLE, COLUMN = 34, 17  # characters; five temperatures fit into 120
+
+
+def chosen_rows(count: int, seed: int, images: int) -> Tensor:
+    """Which of ``count`` images ``measure`` takes: ``images`` of them, or all, drawn by ``seed``; int64 on the CPU."""
+    return torch.randperm(count, generator=generator(seed, 0, stream=SAMPLE_STREAM))[:images]
+
+
+@torch.no_grad()
+def measure(
+    model: Model,
+    data: ImageSet,
+    augment: Augment,
+    config: TheoryConfig,
+    *,
+    alpha: float,
+    temperature: float | None,
+    images: int,
+    batch: int,
+    seed: int,
+) -> dict[str, Any]:
+    """What ``theory.json`` holds, as plain numbers. Every process of a group calls this and gets the same.
+
+    Args:
+        data: labelled images, of which ``config.images`` are drawn.
+        alpha: the balance at the end of the training; lam is 1 for alpha = 0, where it would be infinite.
+        temperature: the training's, which is added to ``config.temperatures``; None if the loss has none.
+        images: number of images in a training step.
+        batch: number of images in a forward pass.
+
+    Raises:
+        UserError: the images do not suffice (``check_labels``), or embeddings are not finite.
+    """
+    chosen = data[chosen_rows(len(data), seed, config.images).to(data.labels.device)]
+    temperatures = {*config.temperatures, *([] if temperature is None else [temperature])}
+    training = model.training
+    try:
+        check_labels(chosen.labels)
+        h, z = embed(model.eval(), chosen, augment, config.views, batch, seed=seed)
+        return describe(h, z, chosen.labels, sorted(temperatures), alpha=alpha, temperature=temperature, images=images)
+    except ValueError as error:
+        raise UserError(f"theory: {one_line(error)}") from error
+    finally:
+        model.train(training)
+
+
+def describe(
+    h: Tensor,
+    z: Tensor,
+    labels: Tensor,
+    temperatures: list[float],
+    *,
+    alpha: float,
+    temperature: float | None,
+    images: int,
+) -> dict[str, Any]:
+    """All numbers of the theory of h [n, M, D], z [n, M, P] and int64 labels [n]; see ``measure``.
+
+    Raises:
+        ValueError: as ``check_labels`` and ``Sample``.
+    """
+    lam = (1 - alpha) / alpha if alpha > 0 else 1.0
+    bias = prototype_bias(z, labels)
+    classes = len(labels.unique()) - len(bias.dropped)
+    r = augmentation_correlations(*h.unbind(1))
+    within = augmentation_correlations(*h.unbind(1), labels=labels)
+    found = {
+        "images": bias.images,
+        "views": bias.views,
+        "dropped": bias.dropped,
+        "alpha": alpha,
+        "lam": lam,
+        "temperature": temperature,
+        "identity_error": identity_error(z, labels),
+        "z": {"bias": asdict(bias), "collapse": asdict(collapse(z, labels))},
+        "h": {"bias": asdict(prototype_bias(h, labels)), "collapse": asdict(collapse(h, labels))},
+        "objective": asdict(supervised_objective(z, labels, lam)),
+        "bound": [asdict(one) for one in bound(z, labels, temperatures, lam)],
+        "thresholds": {
+            "correlations": r.tolist(),
+            "instance_correlations": within.tolist(),
+            "alpha_col": collapse_threshold(r[0].item()),
+            "alpha_c": None if temperature is None else class_threshold(classes, temperature, within[0].item()),
+            "alpha_mis": None if temperature is None else misalignment_onset(images, temperature),
+        },
+    }
+    return {key: plain(value) for key, value in found.items()}
+
+
+def identity_error(z: Tensor, labels: Tensor) -> float:
+    """|A_sup - A_ssl - B2| of the rows as a population, where B2 is a mean of squared distances: rounding error."""
+    sample = Sample(z, labels, population=True)
+    moments, prototypes = sample.moments(), sample.sums.total[0] / sample.sums.n[0].unsqueeze(1)
+    distances = [(part.mean(1) - prototypes[y]).square().sum() for part, y in sample.chunks()]
+    return abs((moments.a - moments.share @ moments.b - torch.stack(distances).sum() / sample.images).item())
+
+
+def headline(theory: dict[str, Any]) -> dict[str, float]:
+    """The numbers of ``measure`` that join a run's metrics, with standard errors, without what is not finite.
+
+    Bounds are those at the temperature of the training.
+    """
+    estimates = {f"theory/{space}/{name}": theory[space]["bias"][name] for space in SPACES for name in BIAS_ROWS}
+    for at in theory["bound"]:
+        if at["temperature"] == theory["temperature"]:
+            estimates |= {f"theory/bound/{name}": at[name] for name in BOUND_METRICS}
+    values = {name: one["value"] for name, one in estimates.items()}
+    values |= {f"{name}/se": one["se"] for name, one in estimates.items()}
+    values |= {f"theory/{space}/{name}": theory[space]["collapse"][name] for space in SPACES for name in COLLAPSE_ROWS}
+    values |= {f"theory/{name}": theory["thresholds"][name] for name in ("alpha_col", "alpha_c", "alpha_mis")}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def table(theory: dict[str, Any]) -> str:
+    """The numbers of ``measure`` for the terminal."""
+    objective, edges = theory["objective"], theory["thresholds"]
+    bias = {name: [theory[space]["bias"][name] for space in SPACES] for name in BIAS_ROWS}
+    collapsed = {name: [theory[space]["collapse"][name] for space in SPACES] for name in COLLAPSE_ROWS}
+    lines = [
+        "",
+        f"theory of {theory['images']:,} images with {theory['views']} views each; alpha = {theory['alpha']:g}, "
+        f"lambda = {theory['lam']:g}; ± is one standard error",
+        "",
+        _row("", SPACES.values()),
+        *(_row(title, map(_estimate, bias[name])) for name, title in BIAS_ROWS.items()),
+        *(_row(title, map(_number, collapsed[name])) for name, title in COLLAPSE_ROWS.items()),
+        "The first four rows sum to 1. Supervised attraction - contrastive attraction = B2, with a rounding error of "
+        f"{theory['identity_error']:.0e}.",
+        "",
+        f"supervised objective of z: between {_estimate(objective['lower'])} (cross-split) and "
+        f"{_estimate(objective['upper'])} (plug-in)",
+        "bounded by contrastive loss + B2 + constant, where slack = lambda x (sum of the gaps):",
+        _row("temperature", (f"{one['temperature']:g}" for one in theory["bound"])),
+        *(_row(title, (_estimate(one[name]) for one in theory["bound"])) for name, title in BOUND_ROWS.items()),
+        "",
+        f"above alpha = {edges['alpha_col']:.3f} the features of h collapse "
+        f"(largest correlation between views: {edges['correlations'][0]:.3f})",
+    ]
+    if edges["alpha_c"] is not None:
+        lines += [
+            f"above alpha = {edges['alpha_c']:.3f} well-separated classes keep out features within classes "
+            f"(largest correlation: {edges['instance_correlations'][0]:.3f})",
+            f"below alpha = {edges['alpha_mis']:.3f} the best embedding separates positives",
+        ]
+    if theory["dropped"]:
+        lines.append(f"left out, because they have one image: classes {', '.join(map(str, theory['dropped']))}")
+    return "\n".join(lines)
+
+
+def _row(title: str, cells: Iterable[str]) -> str:
+    return f"{title:<{TITLE}}" + "".join(f"{cell:>{COLUMN}}" for cell in cells)
+
+
+def _estimate(estimate: dict[str, float | None]) -> str:
+    value, se = estimate["value"], estimate["se"]
+    return _number(value) + ("" if value is None or se is None else f" ± {se:.4f}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def plain(node: Any) -> Any:
+    """``node`` with lists for tuples, and with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(node, dict):
+        return {key: plain(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [plain(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
