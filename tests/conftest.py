@@ -3,6 +3,8 @@
 import json
 import os
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,11 @@ def scclr(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 def compose(*overrides: str) -> TrainConfig:
     """The configuration of a command line."""
+    return deepcopy(_composed(*overrides))
+
+
+@cache
+def _composed(*overrides: str) -> TrainConfig:
     (point,) = plan(parse(overrides)).points
     return point.config
 

@@ -152,20 +152,24 @@ def plan(command: CommandLine) -> Plan:
             advice = "several values make a sweep: add -m, or quote them"
             require(not override.is_sweep_override(), f"{override.input_line}: {advice}")
         fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
-        settings = hydra.compose_config(command.config_name, fixed, RunMode.RUN, from_shell=False).hydra
+        base = hydra.compose_config(command.config_name, fixed, RunMode.RUN, from_shell=False)
+        settings = base.hydra
         launcher = "joblib" if jobs is not None else settings.runtime.choices.get("hydra/launcher") or "basic"
         basic_sweeper = settings.sweeper._target_ == BASIC_SWEEPER
         runs_here = basic_sweeper and launcher in ("basic", "joblib") and not settings.callbacks
-        points = [fixed]
-        if command.sweep and basic_sweeper:
+        if not (command.sweep and basic_sweeper):
+            composed = [Point("", fixed, resolve_job(base, settings.runtime.choices))]
+        else:
             params = [f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()]
             overrides = [*(_parse_override(parser, word) for word in params), *overrides]
             found = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
             points = [[_short_float(word) for word in point] for point in found]
-        composed = []
-        for point in points:
-            own = " ".join(word for word in point if not all(word in other for other in points))
-            composed.append(Point(own.replace("'", ""), point, compose(hydra, command, point)))
+            composed = []
+            for point in points:
+                own = " ".join(word for word in point if not all(word in other for other in points))
+                config = hydra.compose_config(command.config_name, point, RunMode.RUN, from_shell=False)
+                resolved = resolve_job(config, config.hydra.runtime.choices)
+                composed.append(Point(own.replace("'", ""), point, resolved))
     return Plan(composed, basic_sweeper, launcher, -1 if jobs is None else jobs, runs_here)
 
 
@@ -201,12 +205,6 @@ def _short_float(word: str) -> str:
     return re.sub(r"\d+\.\d{14,}", lambda number: f"{float(number[0]):.12g}", word)
 
 
-def compose(hydra: Hydra, command: CommandLine, overrides: list[str]) -> TrainConfig:
-    """The checked configuration of one run."""
-    config = hydra.compose_config(command.config_name, overrides, RunMode.RUN, from_shell=False)
-    return resolve_job(config, config.hydra.runtime.choices)
-
-
 def resolve_job(config: DictConfig, choices: Mapping[str, Any]) -> TrainConfig:
     """``resolve``, with the folder named by the experiment unless ``name`` is given."""
     with open_dict(config):
@@ -217,25 +215,23 @@ def resolve_job(config: DictConfig, choices: Mapping[str, Any]) -> TrainConfig:
 def groups(command: CommandLine) -> dict[str, list[str]]:
     """The choices of every configuration group, also those of the user's own folders."""
     with composer(command) as hydra:
-        return _groups(hydra, command)
+        names = _options(hydra, command, "", ObjectType.GROUP)
+        return {name: _options(hydra, command, name, ObjectType.CONFIG) for name in names if name != "hydra"}
 
 
-def _groups(hydra: Hydra, command: CommandLine) -> dict[str, list[str]]:
+def _options(hydra: Hydra, command: CommandLine, group: str, kind: ObjectType) -> list[str]:
     paths = [word for word in command.overrides if "hydra.searchpath=" in word]
-
-    def options(group: str, kind: ObjectType) -> list[str]:
-        return hydra.config_loader.get_group_options(group, kind, command.config_name, paths)
-
-    names = sorted(name for name in options("", ObjectType.GROUP) if name != "hydra")
-    return {n: sorted(x for x in options(n, ObjectType.CONFIG) if not x.startswith("_")) for n in names}
+    found = hydra.config_loader.get_group_options(group, kind, command.config_name, paths)
+    return sorted(name for name in found if not name.startswith("_"))
 
 
 def _refuse_unknown_choices(hydra: Hydra, command: CommandLine, overrides: list[Override]) -> None:
-    choices = _groups(hydra, command)
+    groups = _options(hydra, command, "", ObjectType.GROUP) if overrides else []
     for override in overrides:
         key = override.key_or_group
-        if key not in choices or override.is_delete():
+        if key not in groups or override.is_delete():
             continue
+        choices = _options(hydra, command, key, ObjectType.CONFIG)
         require(not (key == "experiment" and override.is_add()), f"{override.input_line}: type it without the plus")
         if override.is_sweep_override():
             values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
@@ -243,11 +239,9 @@ def _refuse_unknown_choices(hydra: Hydra, command: CommandLine, overrides: list[
             value = override.value()
             values = [value] if isinstance(value, str) else []
         for value in (str(value).strip("'\"") for value in values):
-            if value in ("null", *choices[key]):
-                continue
-            message = f"{key}={value}: no such {key}{did_you_mean(value, choices[key])}"
+            message = f"{key}={value}: no such {key}{did_you_mean(value, choices)} (choices: {', '.join(choices)})"
             advice = "; to name the folder of the run, type name=..." if key == "experiment" else ""
-            raise UserError(f"{message} (choices: {', '.join(choices[key])}){advice}")
+            require(value in ("null", *choices), message + advice)
 
 
 @contextmanager
