@@ -163,7 +163,7 @@ def test_batch_norm_of_several_processes_is_that_of_one(size: int, folder: Path)
     found = torch.load(folder / "found.pt")
     for dtype, of_losses, of_weights in ((torch.float32, 1e-4, 1e-3), (torch.float64, 1e-9, 1e-9)):
         one = thirty_steps(dtype)
-        assert one["losses"][0, 0] > 1.2 * one["losses"][-1, 0], "it learns"
+        assert one["losses"][0, 0] > 1.1 * one["losses"][-1, 0], "it learns"
         losses = found[dtype].pop("losses")
         torch.testing.assert_close(losses, one["losses"], rtol=of_losses, atol=0)
         for name, value in found[dtype].items():
