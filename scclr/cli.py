@@ -146,8 +146,9 @@ def prepare_points(planned: "Plan") -> list[Prepared]:
     from scclr.run.sweep import Point
 
     found = []
+    digests: dict[str, str] = {}  # a folder of images is listed once, not for every point
     for point in planned.points:
-        config, identity = prepare(point.config, point.overrides)
+        config, identity = prepare(point.config, point.overrides, digests)
         found.append((Point(identity.directory, point.words), config, identity))
     return found
 
@@ -162,8 +163,10 @@ def run_hydra(command: "CommandLine") -> None:
     sys.argv = ["scclr train", *command.argv]
     try:
         job()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_line(error)) from error
+    except ValueError as error:
+        raise UserError(one_line(error)) if command.shows_only else error from error
 
 
 def run_sweep(command: "CommandLine", planned: "Plan", prepared: list[Prepared]) -> None:

@@ -1,5 +1,6 @@
 """What a run is made of, built from its configuration, and refused before the first step if it cannot work."""
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,11 +27,14 @@ SMALL_FILES = 2**24  # bytes that a run needs besides its checkpoints
 COPIES = 9  # of the weights: they and two moments of the optimizer, in two checkpoints and one that is being written
 
 
-def prepare(config: TrainConfig, overrides: Sequence[str]) -> tuple[TrainConfig, RunIdentity]:
+def prepare(
+    config: TrainConfig, overrides: Sequence[str], digests: dict[str, str] | None = None
+) -> tuple[TrainConfig, RunIdentity]:
     """The configuration of a run, completed from the checkpoint that it evaluates, and its identity.
 
     Args:
         overrides: of the command line.
+        digests: those of the datasets of other points of the sweep; this one's is added.
 
     Raises:
         UserError: an override would be ignored; the run cannot work (``check``), unless it is finished already.
@@ -38,7 +42,10 @@ def prepare(config: TrainConfig, overrides: Sequence[str]) -> tuple[TrainConfig,
     refuse_ignored(config, overrides)
     if config.init_from is not None and "pretrain" not in config.stages:
         config = adopt(config, saved_config(load(config.init_from)), overrides)
-    identity = identify(config, build("dataset", config.dataset).digest())
+    digests, dataset = {} if digests is None else digests, json.dumps(config.dataset)
+    if dataset not in digests:
+        digests[dataset] = build("dataset", config.dataset).digest()
+    identity = identify(config, digests[dataset])
     if config.overwrite or not (identity.directory / "result.json").exists():
         check(config)
     return config, identity

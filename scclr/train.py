@@ -249,6 +249,7 @@ def theory_stage(config: TrainConfig, model: Model, splits: Splits, log: Log) ->
         config.theory,
         alpha=config.last_alpha,
         temperature=config.loss.get("temperature"),
+        form=make_loss(config, len(splits.classes)).logsumexp_form(),
         images=config.pretrain.batch_size,
         batch=config.probe.batch_size,
         seed=config.seed,

@@ -38,7 +38,7 @@ def main() -> None:
         "collapse, z and h": lambda: [theory.collapse(z, labels) for _ in "zh"],
         "supervised_objective": lambda: theory.supervised_objective(z, labels, 1.0),
         f"bound, {len(TEMPERATURES)} temperatures": lambda: theory.bound(z, labels, TEMPERATURES, 1.0),
-        "augmentation_correlations": lambda: theory.augmentation_correlations(*z.unbind(1)),
+        "augmentation_correlations": lambda: theory.augmentation_correlations(z),
     }
     print(f"{n:,} images x {m} views x {d} dimensions, {torch.get_num_threads()} threads, torch {torch.__version__}")
     total = 0.0

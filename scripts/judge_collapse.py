@@ -62,7 +62,7 @@ def predictions(config: TrainConfig) -> tuple[float, float]:
     forecast = forecast_collapse(model, splits.pretrain, augment, form, batch=batch, seed=config.seed)
     few = splits.pretrain[slice(0, FORECAST_IMAGES // batch * batch)]
     h, _ = embed(model.train(), few, augment, FORECAST_VIEWS, batch, seed=config.seed)
-    return forecast.alpha_col, collapse_threshold(augmentation_correlations(*h.unbind(1))[0].item())
+    return forecast.alpha_col, collapse_threshold(augmentation_correlations(h)[0].item())
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from scclr.augment import Augment
 from scclr.datasets import ImageSet
 from scclr.datasets.cifar10 import CIFAR10
 from scclr.datasets.digits import Digits
@@ -92,11 +91,3 @@ def all_images(root: Path, **changes: object) -> ImageSet:
     """The images of a folder before any split, in the form that is used."""
     source = image_folder(root, **changes)
     return source.materialize(source.read().train)
-
-
-def simclr(**changes: object) -> Augment:
-    """SimCLR's augmentation with ``changes``."""
-    crop = {"crop_scale": [0.08, 1.0], "crop_ratio": [0.75, 4 / 3], "flip": 0.5, "rotation": 0.0}
-    jitter = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grayscale": 0.2}
-    rest = {"blur": 0.0, "blur_sigma": [0.1, 2.0], "solarize": 0.0, "views": [{}, {}], "size": None, "exact": False}
-    return Augment(**{**crop, **jitter, **rest, **changes})

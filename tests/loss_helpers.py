@@ -1,4 +1,4 @@
-"""Views to compute losses on, and comparisons of what comes out."""
+"""Views to compute losses on, and measures of what comes out."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LABELS = torch.tensor([2, 0, 2, 1, 0])  # of the five images of ``unit_views``
 
@@ -36,3 +37,17 @@ def close(a, b, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(
         torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tolerance, atol=tolerance
     )
+
+
+class Largest(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in (out if isinstance(out, list | tuple) else [out]) if isinstance(x, Tensor)]
+        self.elements = max([self.elements, *(x.numel() for x in tensors)])
+        return out

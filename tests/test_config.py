@@ -16,7 +16,7 @@ from scclr.config.build import build
 from scclr.config.compose import conf_dir, parse, plan
 from scclr.config.errors import UserError
 from scclr.config.resolve import adopt, essence, identify
-from scclr.config.schema import COMPONENTS, TrainConfig
+from scclr.config.schema import TrainConfig
 
 FILES = sorted(path for path in conf_dir().glob("*/*.yaml") if not path.stem.startswith("_"))
 ROOT = Path(scclr.__file__).parent
@@ -238,7 +238,3 @@ def test_every_command_line_of_the_readme_composes(folder: Path) -> None:
         for point in plan(parse(words)).points:
             if point.config.nproc == 1:
                 check(point.config)
-
-
-def test_components_are_found_by_their_yaml() -> None:
-    assert set(COMPONENTS) <= {path.name for path in conf_dir().iterdir()}

@@ -1,36 +1,32 @@
-"""Images on disk: keyed views in any number of processes, worker processes, broken files, and the cache."""
+"""Images on disk: keyed views in any number of processes, worker processes, and broken files."""
 
 import contextlib
 import fcntl
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
-from image_files import all_images, image_folder, simclr, truncate, write_image, write_photographs
+from augment_helpers import simclr
+from conftest import TINY, rows_of
+from image_files import all_images, image_folder, truncate, write_image, write_photographs
 from PIL import Image
 
 from scclr.config.errors import UserError
-from scclr.config.schema import ProjectorConfig
-from scclr.datasets import ImageSet, cache
-from scclr.datasets.files import Files
+from scclr.datasets import ImageSet
 from scclr.datasets.loader import batch_indices, batches, views, with_view_size
 from scclr.datasets.workers import IGNORED_SIGNALS, read_ahead
-from scclr.encoders.convnet import ConvNet
-from scclr.encoders.model import Model
-from scclr.evaluate.features import extract_features
 
 # Python 3.12 and later warn of every fork in a process with threads; PyTorch's loader forks.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+assert_equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +53,6 @@ def gathered(data: ImageSet, steps: range, size: int = 1, **changes: object) -> 
     return found
 
 
-def assert_same(found: list, expected: list) -> None:
-    for (seen, labels), (expected_views, expected_labels) in zip(found, expected, strict=True):
-        assert torch.equal(seen, expected_views)
-        assert torch.equal(labels, expected_labels)
-
-
 @pytest.mark.parametrize("cached", [False, True])
 def test_workers_processes_and_resuming_change_nothing(
     cached: bool, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -71,8 +61,8 @@ def test_workers_processes_and_resuming_change_nothing(
     folder = str(tmp_path) if cached else None
     expected = gathered(all_images(photographs, cache=folder), range(6))  # two steps an epoch
     data = all_images(photographs, cache=folder, workers=2)
-    assert_same(gathered(data, range(6), size=2), expected)
-    assert_same(gathered(data, range(3, 6)), expected[3:])
+    assert_equal(gathered(data, range(6), size=2), expected)
+    assert_equal(gathered(data, range(3, 6)), expected[3:])
     assert not torch.equal(expected[0][0], expected[2][0])
 
 
@@ -81,12 +71,8 @@ def test_crops_of_files_are_those_of_the_images(tmp_path: Path) -> None:
     write_photographs(tmp_path, size=(60, 60))
     data, memory = (all_images(tmp_path, image_size=60, in_memory=held) for held in (False, True))
     assert isinstance(memory.images, torch.Tensor)
-    plain = {"jitter": 0.0, "grayscale": 0.0}
-    for (seen, labels), (other, others) in zip(
-        gathered(data, range(3), **plain), gathered(memory, range(3), **plain), strict=True
-    ):
-        assert torch.equal(labels, others)
-        assert (seen - other).abs().max() < 1.01 / 255  # the crops are rounded to whole levels
+    cut, whole = (gathered(images, range(3), jitter=0.0, grayscale=0.0) for images in (data, memory))
+    torch.testing.assert_close(cut, whole, rtol=0, atol=1.01 / 255)  # the crops are rounded to whole levels
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -187,20 +173,14 @@ def test_reading_leaves_the_global_generator_alone(photographs: Path) -> None:
     assert torch.equal(drawn, torch.rand(3))
 
 
-# Evaluation -----------------------------------------------------------------------------------------------------------
-
-
-def test_features_are_those_of_images_in_memory(photographs: Path) -> None:
-    torch.manual_seed(0)
-    projector = ProjectorConfig(depth=2, hidden_dim=8, out_dim=4, batch_norm=True, normalize=True)
-    model = Model(ConvNet(in_channels=3, widths=[8, 16], stem_stride=1), projector, [0.5] * 3, [0.2] * 3)
+def test_whole_images_are_those_in_memory(photographs: Path) -> None:
     disk, memory = image_folder(photographs, workers=1).load(), image_folder(photographs, in_memory=True).load()
     for part in ("train", "validation", "test"):
         a, b = getattr(disk, part), getattr(memory, part)
         assert isinstance(b.images, torch.Tensor)
         assert torch.equal(a.labels, b.labels)
-        assert torch.equal(torch.cat(list(a.blocks(64))), b.images)
-        torch.testing.assert_close(extract_features(model, a, 3), extract_features(model, b, 128))
+        for size in (3, 64):
+            assert torch.equal(torch.cat(list(a.blocks(size))), b.images)
 
 
 # Broken files ---------------------------------------------------------------------------------------------------------
@@ -239,7 +219,7 @@ def test_a_broken_file_is_replaced_by_the_next_of_its_class(tmp_path: Path, caps
     assert said.count("china/4.jpg") == said.count("china/5.jpg") == 1
     last = data[torch.tensor([0, 12, 4])]  # there is no readable one behind china/4.jpg, so the first one is taken
     assert torch.equal(torch.cat(list(last.blocks(9)))[2], whole[0])
-    assert_same(gathered(all_images(root, on_corrupt="skip"), range(4), size=2), gathered(data, range(4)))
+    assert_equal(gathered(all_images(root, on_corrupt="skip"), range(4), size=2), gathered(data, range(4)))
 
 
 def test_a_disk_that_fails_is_not_a_broken_file(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,106 +256,6 @@ def test_broken_files_are_left_out_of_memory_and_cache(tmp_path: Path, held: str
             image_folder(root, **how).load()
 
 
-# The cache ------------------------------------------------------------------------------------------------------------
-
-
-def squares(folder: Path, root: Path, **changes: object) -> ImageSet:
-    return all_images(root, cache=str(folder), image_size=24, resize=32, **changes)
-
-
-def test_a_cache_reads_no_image_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    write_photographs(tmp_path / "tree")
-    built = squares(tmp_path / "cache", tmp_path / "tree")
-    assert "20 images of 32 x 32 pixels take 0.00 GiB, of " in capsys.readouterr().err
-    expected = torch.cat(list(all_images(tmp_path / "tree", image_size=32).blocks(64)))
-    for path in (tmp_path / "tree").glob("*/*"):
-        path.write_bytes(bytes(path.stat().st_size))
-    found = squares(tmp_path / "cache", tmp_path / "tree", workers=1)
-    assert capsys.readouterr().err == ""
-    assert found.images.shape == (20, 3, 24, 24)
-    for data in (built, found):
-        (batch,) = batches(data, simclr(), seed=0, batch_size=20, steps=range(1))
-        assert torch.equal(batch.images, expected[batch_indices(0, 0, 20, 20)])  # whole, to be cropped on the device
-        assert torch.equal(torch.cat(list(data.blocks(9))), expected[..., 4:28, 4:28])
-    other = all_images(tmp_path / "tree", cache=str(tmp_path / "cache"), image_size=16, on_corrupt="skip")
-    assert len(other) == 0, "another size is another cache, and no file can be read now"
-    write_image(tmp_path / "tree" / "china" / "0.jpg")
-    with pytest.raises(UserError, match=r"china/1\.jpg"):  # so are other files
-        squares(tmp_path / "cache", tmp_path / "tree")
-
-
-def test_parts_of_a_tree_share_a_cache_that_is_built_last(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    write_photographs(tmp_path / "tree", size=(32, 32))
-    how = {"cache": str(tmp_path / "cache"), "image_size": 32, "classes": [1, 0]}
-    with pytest.raises(UserError, match=r"too few for dataset\.limit"):
-        image_folder(tmp_path / "tree", **how, limit=1).load()
-    assert not (tmp_path / "cache").exists()
-    cached = image_folder(tmp_path / "tree", **how, limit=12).load()
-    assert capsys.readouterr().err.count("take 0.00 GiB") == 1
-    files = image_folder(tmp_path / "tree", **{**how, "cache": None}, limit=12).load()
-    for part in ("train", "validation", "test"):
-        a, b = getattr(cached, part), getattr(files, part)
-        assert torch.equal(torch.cat(list(a.blocks(9))), torch.cat(list(b.blocks(9))))
-        assert torch.equal(a.labels, b.labels)
-
-
-def test_a_killed_build_is_not_taken_for_whole(tmp_path: Path, photographs: Path) -> None:
-    child = os.fork()
-    if child == 0:
-        Files.iterate = lambda self, **_: os.kill(os.getpid(), signal.SIGKILL)
-        squares(tmp_path, photographs)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".lock", ".part"]
-    assert len(squares(tmp_path, photographs)) == 20
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".lock"]
-
-
-@pytest.mark.parametrize("stop", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_stopped_build_leaves_nothing(
-    stop: BaseException, tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(self: Files, **_: object) -> Iterator[Any]:
-        yield torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.ones(2, dtype=torch.bool)
-        raise stop
-
-    monkeypatch.setattr(Files, "iterate", fail)
-    expected = UserError if isinstance(stop, OSError) else KeyboardInterrupt
-    with pytest.raises(expected, match="No space left.*give another folder" if expected is UserError else None):
-        squares(tmp_path, photographs)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
-
-
-def test_what_is_wrong_with_a_cache(tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    squares(tmp_path / "whole", photographs)
-    (path,) = (tmp_path / "whole").glob("*/images.u8")
-    truncate(path)
-    with pytest.raises(UserError, match="61,410 bytes instead of 61,440; delete this folder"):
-        squares(tmp_path / "whole", photographs)
-    (path.parent / "good.json").write_text("[0,")
-    with pytest.raises(UserError, match=r"good\.json: .*damaged; delete this folder"):
-        squares(tmp_path / "whole", photographs)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"take 0\.00 GiB, 0\.00 GiB are free; give another folder or a smaller"):
-        squares(tmp_path / "new", photographs)
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"dataset\.cache=.*file"):
-        squares(tmp_path / "file", photographs)
-
-
-def test_a_planted_link_is_not_followed(tmp_path: Path, photographs: Path) -> None:
-    """Somebody else who may write into the cache's folder cannot have our files overwritten."""
-    squares(tmp_path / "cache", photographs)
-    (folder,) = (tmp_path / "cache").glob("*/")
-    shutil.rmtree(folder)
-    (tmp_path / "mine").write_text("kept")
-    folder.with_suffix(".lock").unlink()
-    folder.with_suffix(".lock").symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match=r"dataset\.cache=.*give another folder"):
-        squares(tmp_path / "cache", photographs)
-    assert (tmp_path / "mine").read_text() == "kept"
-
-
 # Whole runs -----------------------------------------------------------------------------------------------------------
 
 RUN = ["train", "dataset=imagefolder", "dataset.root=tree", "dataset.in_memory=false", "dataset.image_size=16"]
@@ -403,8 +283,7 @@ def test_two_processes_stream_the_run_of_one(folder: Path) -> None:
         done = subprocess.run(words, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         (record,) = (folder / str(processes)).glob("*/*/metrics.jsonl")
-        found = [json.loads(row) for row in record.read_text().splitlines()]
-        rows[processes] = [row for row in found if "pretrain/loss" in row]
+        rows[processes] = [row for row in rows_of(record.parent) if "pretrain/loss" in row]
     assert len(rows[1]) == len(rows[2]) > 3
     for step, (one, two) in enumerate(zip(rows[1], rows[2], strict=True)):
         for name in ("pretrain/loss", "pretrain/attract", "pretrain/repel"):

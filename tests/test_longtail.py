@@ -1,6 +1,5 @@
 """Long tails: the published counts, what is thinned and what is not, and accuracy by the number of images."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,9 @@ from scclr.config.schema import ProbeConfig
 from scclr.datasets import ImageSet, Splits
 from scclr.datasets.cifar10 import CIFAR10
 from scclr.datasets.longtail import class_counts, groups
-from scclr.evaluate.probe import pixels, probe
+from scclr.evaluate.probe import probe, probe_pixels
+
+CONFIG = ProbeConfig(l2=[1e-3], max_iter=50, knn_k=1, knn_temperature=0.1, batch_size=64)
 
 
 def test_published_counts() -> None:
@@ -28,9 +29,7 @@ def test_published_counts() -> None:
 @given(st.integers(1, 5000), st.integers(2, 40), st.integers(1, 200), st.sampled_from(["exponential", "step"]))
 def test_counts_fall_from_most_by_the_imbalance(most: int, classes: int, imbalance: int, profile: str) -> None:
     counts = class_counts(most, classes, imbalance, profile)
-    assert len(counts) == classes
-    assert counts[0] == most
-    assert counts[-1] == most // imbalance
+    assert (len(counts), counts[0], counts[-1]) == (classes, most, most // imbalance)
     assert counts == sorted(counts, reverse=True)
 
 
@@ -72,12 +71,6 @@ def test_cifar_pretrains_on_the_tail(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert splits.groups == {"medium": [0, 1], "few": [2, 3, 4, 5, 6, 7, 8, 9]}
 
 
-def features(
-    splits: Splits, represent: Callable[[ImageSet], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return represent(splits.train), represent(splits.validation), represent(splits.test)
-
-
 def test_accuracy_by_the_number_of_images() -> None:
     """One feature a class: a class without training images is never predicted, so the groups' accuracies are known."""
     counts, eye = [150, 120, 50, 10], torch.eye(4)
@@ -90,9 +83,8 @@ def test_accuracy_by_the_number_of_images() -> None:
     train = part([c for c, n in enumerate(counts) for _ in range(n)])
     test = part([0] * 4 + [1] * 2 + [2] * 2 + [3] * 2, wrong=2)
     splits = Splits(train, train, part([0, 1, 2, 3]), test, ("a", "b", "c", "d"), (0.5,), (0.5,), refit=False)
-    config = ProbeConfig(l2=[1e-3], max_iter=50, knn_k=5, knn_temperature=0.1, batch_size=64)
-    metrics = probe(features(splits, pixels), splits, config).metrics
-    for name in ("probe/logreg/top1", "knn/k5/top1"):
+    metrics = probe_pixels(splits, CONFIG).metrics
+    for name in ("probe/logreg/top1", "knn/k1/top1"):
         assert metrics[name] == pytest.approx(0.8)
         assert metrics[f"{name}/many"] == pytest.approx((0.5 + 1) / 2)  # over classes; over images it would be 4 / 6
         assert metrics[f"{name}/medium"] == metrics[f"{name}/few"] == 1
@@ -110,7 +102,7 @@ def test_a_balanced_validation_split_is_not_fitted() -> None:
         return torch.cat([angle.cos(), angle.sin()], 1)
 
     train, validation, test = part([20, 60] * 5, [0, 1] * 5), part([200] * 5, [0] * 5), part([210] * 5, [1] * 5)
-    config = ProbeConfig(l2=[1e-3], max_iter=50, knn_k=1, knn_temperature=0.1, batch_size=64)
+    features = represent(train), represent(validation), represent(test)
     for refit, expected in ((True, 0), (False, 1)):
         splits = Splits(train, train, validation, test, ("a", "b"), (0.5,), (0.5,), refit)
-        assert probe(features(splits, represent), splits, config).metrics["knn/k1/top1"] == expected
+        assert probe(features, splits, CONFIG).metrics["knn/k1/top1"] == expected

@@ -1,6 +1,7 @@
 """Encoders, projector and the normalization of embeddings."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,12 +16,8 @@ from scclr.encoders.resnet import ResNet
 PROJECTOR = ProjectorConfig(depth=2, hidden_dim=24, out_dim=12, batch_norm=True, normalize=True)
 
 
-def convnet(channels: int = 1) -> ConvNet:
-    return ConvNet(in_channels=channels, widths=[8, 16], stem_stride=1)
-
-
 def test_embeddings_have_unit_rows() -> None:
-    model = Model(convnet(3), PROJECTOR, [0.5] * 3, [0.2] * 3)
+    model = Model(ConvNet(in_channels=3, widths=[8, 16], stem_stride=1), PROJECTOR, [0.5] * 3, [0.2] * 3)
     h, z = model(torch.rand(5, 3, 12, 12))
     assert h.shape == (5, 16)
     assert z.shape == (5, 12)
@@ -30,9 +27,7 @@ def test_embeddings_have_unit_rows() -> None:
 def test_the_model_normalizes_pixels_and_embeddings() -> None:
     encoder = nn.Flatten()
     encoder.feature_dim = 4  # type: ignore[assignment]
-    plain = Model(
-        encoder, ProjectorConfig(depth=0, hidden_dim=1, out_dim=1, batch_norm=False, normalize=True), [0.5], [0.25]
-    )
+    plain = Model(encoder, replace(PROJECTOR, depth=0), [0.5], [0.25])
     h, z = plain(torch.full((2, 1, 2, 2), 0.75))
     assert torch.equal(h, torch.ones(2, 4))
     assert torch.equal(z, torch.full((2, 4), 0.5)), "a projector of depth 0 is the identity"
@@ -41,7 +36,7 @@ def test_the_model_normalizes_pixels_and_embeddings() -> None:
 def test_the_projector_has_depth_linear_layers() -> None:
     kinds = [type(layer).__name__ for layer in make_projector(16, PROJECTOR)]
     assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
-    deep = make_projector(16, ProjectorConfig(depth=3, hidden_dim=24, out_dim=12, batch_norm=False, normalize=True))
+    deep = make_projector(16, replace(PROJECTOR, depth=3, batch_norm=False))
     assert [layer.weight.shape for layer in deep if isinstance(layer, nn.Linear)] == [(24, 16), (24, 24), (12, 24)]
 
 
@@ -88,7 +83,8 @@ def test_resnet_warns_about_the_imagenet_stem_on_small_images() -> None:
 def test_a_forward_pass_stays_on_its_device() -> None:
     """Fake tensors have shapes and devices only. An operation on tensors of different devices raises."""
     with FakeTensorMode(), torch.device("cuda"):
-        for encoder in (convnet(3), ResNet(in_channels=3, image_size=32, depth=18, stem="auto")):
+        small = ConvNet(in_channels=3, widths=[8, 16], stem_stride=2)
+        for encoder in (small, ResNet(in_channels=3, image_size=32, depth=18, stem="auto")):
             model = Model(encoder, PROJECTOR, [0.5] * 3, [0.2] * 3)
             h, z = model(torch.rand(4, 3, 32, 32).contiguous(memory_format=torch.channels_last))
             assert h.device.type == z.device.type == "cuda"

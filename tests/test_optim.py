@@ -59,15 +59,7 @@ def test_biases_and_norms_do_not_decay(make, arguments: dict) -> None:  # type: 
     assert ("LARS off" in text) == (make is lars)
 
 
-def reference_lars(
-    weights: list[Tensor],
-    gradients: list[list[Tensor]],
-    lr: float,
-    decay: float,
-    momentum: float,
-    trust: float,
-    adapt: bool,
-) -> list[Tensor]:
+def reference_lars(weights, gradients, lr, decay, momentum, trust, adapt) -> list[Tensor]:
     """The algorithm written out tensor by tensor, in float64."""
     weights = [w.double() for w in weights]
     velocity = [torch.zeros_like(w) for w in weights]

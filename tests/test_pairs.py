@@ -1,6 +1,6 @@
 """The kernel against a loop over pairs in float64, for every tile, mask and temperature, and its single derivative.
 
-``unit=False`` takes the running maximum, which ``unit=True`` needs only at temperatures below 0.003 in float64.
+``unit=False`` takes the running maximum, which ``unit=True`` takes only at temperatures below 0.003 in float64.
 """
 
 import math
@@ -9,15 +9,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from loss_helpers import few, seeds
 from torch import Tensor
 
 from scclr.losses.pairs import row_logsumexp
 
-few = settings(max_examples=25, deadline=None, derandomize=True)
-seeds = st.integers(0, 99)
-temperatures = st.sampled_from([0.01, 0.05, 0.1, 0.5, 1.0])
+temperatures = st.sampled_from([0.001, 0.01, 0.05, 0.5, 1.0, 1000.0])
 tiles = st.sampled_from([1, 2, 3, 5, 12, 30])
 bools = st.booleans()
 
@@ -103,14 +102,6 @@ def test_long_rows_do_not_overflow():
     z = 30 * unit(20, 4, dtype=torch.float32)  # logits up to 900
     expected = value_and_gradients(lambda z: by_loop(z, 1.0, lambda i, k: i != k), z.double())
     assert_equal(value_and_gradients(lambda z: row_logsumexp(z, 1.0, tile=7, unit=False), z), expected, 1e-5)
-
-
-def test_limits_of_the_temperature_are_the_maximum_and_the_mean():
-    z = unit(12, 4)
-    s = (z @ z.T).fill_diagonal_(-math.inf)
-    torch.testing.assert_close(1e-4 * row_logsumexp(z, 1e-4), s.amax(1), rtol=0, atol=1e-3)
-    mean = 1e4 * (row_logsumexp(z, 1e4) - math.log(11))
-    torch.testing.assert_close(mean, (z @ z.T - torch.eye(12)).sum(1) / 11, rtol=0, atol=1e-3)
 
 
 def test_a_second_derivative_is_refused():

@@ -5,12 +5,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import processes
 import pytest
+from processes import children, ended, finish, in_full_form, until
+
+from scclr.pretrain.state import NotFiniteError
 
 pytestmark = pytest.mark.slow
 # Runs the points a, b, c, d two at a time. Each leaves its process number, and how it ended, in a file of its name.
@@ -39,173 +42,24 @@ def killed(point, name):
 if __name__ == "__main__":
     try:
         with Stop():
-            run_points(work, ["a", "b", "c", "d"], 2, killed=killed, preload=["scclr.run.parallel"])
+            run_points(work, ["a", "b", "c", "d"], 2, killed=killed, preload=["scclr.run.launch"])
     except KeyboardInterrupt:
         sys.exit(130)
 """
-
-
-def in_full_form(runs: bool) -> None:
-    if not runs:
-        pytest.skip("in the full form")
-
-
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Wait for something that must happen."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def pid(folder: Path, point: str) -> int:
-    """The number of a point's process, once it is at work."""
-    path = folder / f"{point}.pid"
-    until(lambda: path.exists() and path.read_text())
-    return int(path.read_text().split()[0])
-
-
-def server(parent: int) -> int:
-    """The number of the process from which the points are forked, once there is one."""
-    found: list[int] = []
-
-    def look() -> list[int]:
-        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        found[:] = [int(child) for child in children if b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes()]
-        return found
-
-    until(look)
-    return found[0]
-
-
-def ended(number: int) -> bool:
-    """Whether a process is gone, or is only waiting for a parent to take note of its end."""
-    status = Path(f"/proc/{number}/stat")
-    with suppress(FileNotFoundError, ProcessLookupError):
-        return status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    return True
-
-
-def endings(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.suffix in (".saved", ".done", ".killed")}
-
-
-Sweep = Callable[[float], subprocess.Popen]
-
-
-@pytest.fixture
-def sweep(folder: Path) -> Iterator[Sweep]:
-    """Starts the sweep of points that take some seconds, as the leader of a process group."""
-    started: list[subprocess.Popen] = []
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-
-    def start(seconds: float) -> subprocess.Popen:
-        (folder / "sweep.py").write_text(SWEEP)
-        line = [sys.executable, "sweep.py", str(seconds)]
-        started.append(subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True, process_group=0))
-        return started[0]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-    for path in folder.glob("*.pid"):
-        until(partial(ended, pid(folder, path.stem)))
-
-
-def test_every_point_runs_with_its_share_of_the_cores(sweep: Sweep, folder: Path) -> None:
-    process = sweep(0.1)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "")
-    assert endings(folder) == {"a.done", "b.done", "c.done", "d.done"}
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert all((folder / f"{point}.pid").read_text().endswith(f" {threads}") for point in "abcd")
-
-
-NAMES = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"]
-TO = ["process", "group"]
-
-
-@pytest.mark.parametrize("to", TO)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_signal_stops_the_sweep_and_saves_what_runs(
-    name: str, to: str, sweep: Sweep, folder: Path, full: bool
-) -> None:
-    in_full_form(full or (name, to) in (("SIGTERM", "process"), ("SIGINT", "group")))
-    process = sweep(60)
-    numbers = [pid(folder, point) for point in "ab"]
-    (os.killpg if to == "group" else os.kill)(process.pid, getattr(signal, name))
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == (130 if name == "SIGINT" else 75)
-    assert all(ended(number) for number in numbers), "the parent waited for them"
-    assert endings(folder) == {"a.saved", "b.saved"}
-    assert not (folder / "c.pid").exists()
-    assert err == ("" if name == "SIGINT" else f"stopped by {name}; type the same command to go on\n")
-
-
-def test_a_signal_to_the_group_before_the_first_point_runs(sweep: Sweep, folder: Path, full: bool) -> None:
-    in_full_form(full)
-    process = sweep(60)
-    server(process.pid)
-    os.killpg(process.pid, signal.SIGHUP)
-    assert process.wait(30) == 75
-    assert list(folder.glob("*.pid")) == []
-
-
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
-def test_a_process_that_is_killed_or_stopped_costs_its_point_only(
-    name: str, sweep: Sweep, folder: Path, full: bool
-) -> None:
-    in_full_form(full or name == "SIGKILL")
-    process = sweep(60)
-    os.kill(pid(folder, "a"), getattr(signal, name))
-    for point in "bcd":
-        pid(folder, point)
-        (folder / f"{point}.end").touch()
-    assert process.wait(30) == 0
-    assert endings(folder) == {"a.killed" if name == "SIGKILL" else "a.saved", "b.done", "c.done", "d.done"}
-    if name == "SIGKILL":
-        assert (folder / "a.killed").read_text() == "SIGKILL"
-
-
-def test_no_process_outlives_a_killed_parent(sweep: Sweep, folder: Path) -> None:
-    process = sweep(60)
-    numbers = [pid(folder, "a"), pid(folder, "b"), server(process.pid)]
-    process.kill()
-    for number in numbers:
-        until(partial(ended, number), 20)
-    assert endings(folder) == {"a.saved", "b.saved"}
-
-
-def test_a_killed_server_costs_nothing(sweep: Sweep, folder: Path, full: bool) -> None:
-    in_full_form(full)
-    process = sweep(60)
-    numbers = [pid(folder, point) for point in "ab"]
-    os.kill(server(process.pid), signal.SIGKILL)
-    time.sleep(0.5)
-    assert not any(ended(number) for number in numbers)
-    for point in "acd":
-        (folder / f"{point}.end").touch()
-    until((folder / "d.done").exists)
-    assert process.poll() is None, "it waits for b"
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(30) == 75
-    assert endings(folder) == {"a.done", "b.saved", "c.done", "d.done"}
-
-
-# ---------------------------------------------------------------- the processes of one run
-
-# Two processes, of which rank 1 does what the command line says while rank 0 waits.
+# Launches ranks 0 and 1 of one run, of which rank 1 does what the command line says while rank 0 waits.
 RUN = """
 import os, signal, sys, time
 from pathlib import Path
 from scclr.config.errors import UserError
+from scclr.pretrain.state import NotFiniteError
 from scclr.run.launch import launch
 
 def work(action):
     Path(f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
     if os.environ["RANK"] == "1" and action == "UserError":
         raise UserError("give another alpha")
+    if os.environ["RANK"] == "1" and action == "NotFiniteError":
+        raise NotFiniteError(7)
     if os.environ["RANK"] == "1" and action == "ZeroDivisionError":
         1 / 0
     if os.environ["RANK"] == "1" and action == "SIGKILL":
@@ -226,41 +80,125 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture
-def run(folder: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts the two processes."""
-    started: list[subprocess.Popen] = []
+@pytest.fixture(autouse=True)
+def _nothing_left(folder: Path) -> Iterator[None]:
+    yield
+    processes.kill_started()
+    for path in folder.glob("*.pid"):
+        until(partial(ended, pid(folder, path.stem)))
 
-    def start(action: str, *before: str) -> subprocess.Popen:
-        (folder / "run.py").write_text(RUN)
-        line = [*before, sys.executable, "run.py", action]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp")}
-        (folder / "tmp").mkdir()
-        started.append(subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True, process_group=0))
-        return started[0]
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+def start(folder: Path, script: str, word: str, *before: str) -> subprocess.Popen:
+    (folder / "script.py").write_text(script)
+    (folder / "tmp").mkdir()
+    line = [*before, "env", "-u", "OMP_NUM_THREADS", sys.executable, "script.py", word]
+    return processes.start(line, folder, TMPDIR=str(folder / "tmp"))
+
+
+def pid(folder: Path, name: str) -> int:
+    """The number of the process of a point or rank, once it is at work."""
+    path = folder / f"{name}.pid"
+    until(lambda: path.exists() and path.read_text())
+    return int(path.read_text().split()[0])
+
+
+def server(parent: int) -> int:
+    """The number of the process from which the points are forked, once there is one."""
+    until(lambda: children(parent, "forkserver"))
+    return children(parent, "forkserver")[0]
+
+
+def endings(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.suffix in (".saved", ".done", ".killed")}
+
+
+def test_every_point_runs_with_its_share_of_the_cores(folder: Path) -> None:
+    assert finish(start(folder, SWEEP, "0.1")) == ""
+    assert endings(folder) == {"a.done", "b.done", "c.done", "d.done"}
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert all((folder / f"{point}.pid").read_text().endswith(f" {threads}") for point in "abcd")
+
+
+@pytest.mark.parametrize("to", ["process", "group"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize(("script", "at_work"), [(SWEEP, "ab"), (RUN, "01")], ids=["sweep", "run"])
+def test_a_signal_saves_what_runs_and_starts_nothing(
+    script: str, at_work: str, name: str, to: str, folder: Path, full: bool
+) -> None:
+    short = {SWEEP: [("SIGTERM", "process"), ("SIGINT", "group")], RUN: [("SIGHUP", "group")]}
+    in_full_form(full or (name, to) in short[script])
+    process = start(folder, script, "60")
+    numbers = [pid(folder, one) for one in at_work]
+    (os.killpg if to == "group" else os.kill)(process.pid, getattr(signal, name))
+    err = finish(process, 130 if name == "SIGINT" else 75)
+    assert all(ended(number) for number in numbers), "the parent waited for them"
+    assert endings(folder) == {f"{one}.saved" for one in at_work}
+    assert not (folder / "c.pid").exists()
+    assert err == ("" if name == "SIGINT" else f"stopped by {name}; type the same command to go on\n")
+
+
+def test_a_signal_to_the_group_before_the_first_point_runs(folder: Path, full: bool) -> None:
+    in_full_form(full)
+    process = start(folder, SWEEP, "60")
+    server(process.pid)
+    os.killpg(process.pid, signal.SIGHUP)
+    finish(process, 75)
+    assert list(folder.glob("*.pid")) == []
+
+
+@pytest.mark.parametrize(("name", "ending"), [("SIGKILL", "a.killed"), ("SIGTERM", "a.saved")])
+def test_a_process_that_is_killed_or_stopped_costs_its_point_only(
+    name: str, ending: str, folder: Path, full: bool
+) -> None:
+    in_full_form(full or name == "SIGKILL")
+    process = start(folder, SWEEP, "60")
+    os.kill(pid(folder, "a"), getattr(signal, name))
+    for point in "bcd":
+        pid(folder, point)
+        (folder / f"{point}.end").touch()
+    finish(process)
+    assert endings(folder) == {ending, "b.done", "c.done", "d.done"}
+    assert (folder / ending).read_text() == {"SIGKILL": "SIGKILL", "SIGTERM": "SystemExit"}[name]
+
+
+def test_no_process_outlives_a_killed_parent(folder: Path) -> None:
+    process = start(folder, SWEEP, "60")
+    numbers = [pid(folder, "a"), pid(folder, "b"), server(process.pid)]
+    process.kill()
+    for number in numbers:
+        until(partial(ended, number), 20)
+    assert endings(folder) == {"a.saved", "b.saved"}
+
+
+def test_a_killed_server_costs_nothing(folder: Path, full: bool) -> None:
+    in_full_form(full)
+    process = start(folder, SWEEP, "60")
+    numbers = [pid(folder, point) for point in "ab"]
+    os.kill(server(process.pid), signal.SIGKILL)
+    time.sleep(0.5)
+    assert not any(ended(number) for number in numbers)
+    for point in "acd":
+        (folder / f"{point}.end").touch()
+    until((folder / "d.done").exists)
+    assert process.poll() is None, "it waits for b"
+    os.kill(process.pid, signal.SIGTERM)
+    finish(process, 75)
+    assert endings(folder) == {"a.done", "b.saved", "c.done", "d.done"}
 
 
 ERRORS = {
     "": "",
     "UserError": "error: rank 1: give another alpha\n",
+    "NotFiniteError": f"error: rank 1: {NotFiniteError(7)}\n",
     "ZeroDivisionError": "error: rank 1: ZeroDivisionError: division by zero\n",
     "SIGKILL": "error: rank 1 was killed by SIGKILL; type the command again to go on from the last checkpoint\n",
 }
 
 
 @pytest.mark.parametrize("action", ERRORS)
-def test_an_error_of_one_process_is_one_line(
-    action: str, run: Callable[..., subprocess.Popen], folder: Path, full: bool
-) -> None:
+def test_an_error_of_one_rank_is_one_line(action: str, folder: Path, full: bool) -> None:
     in_full_form(full or action == "UserError")
-    process = run(action)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == (1 if action else 0)
+    err = finish(start(folder, RUN, action), 1 if action else 0)
     if action == "ZeroDivisionError":
         assert err.count("Traceback") == 1
         err = err.splitlines(keepends=True)[-1]
@@ -269,28 +207,12 @@ def test_an_error_of_one_process_is_one_line(
     assert all(ended(pid(folder, rank)) for rank in "01")
 
 
-@pytest.mark.parametrize("to", TO)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_signal_lets_every_process_save(
-    name: str, to: str, run: Callable[..., subprocess.Popen], folder: Path, full: bool
-) -> None:
-    in_full_form(full or (name, to) == ("SIGHUP", "group"))
-    process = run("wait")
-    numbers = [pid(folder, rank) for rank in "01"]
-    (os.killpg if to == "group" else os.kill)(process.pid, getattr(signal, name))
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == (130 if name == "SIGINT" else 75)
-    assert all((folder / f"{rank}.saved").exists() for rank in "01")
-    assert all(ended(number) for number in numbers)
-    assert err == ("" if name == "SIGINT" else f"stopped by {name}; type the same command to go on\n")
-
-
-def test_nohup_keeps_the_processes(run: Callable[..., subprocess.Popen], folder: Path, full: bool) -> None:
+def test_nohup_keeps_the_processes(folder: Path, full: bool) -> None:
     in_full_form(full)
-    process = run("wait", "nohup")
+    process = start(folder, RUN, "60", "nohup")
     numbers = [pid(folder, rank) for rank in "01"]
     os.killpg(process.pid, signal.SIGHUP)
     time.sleep(1)
     assert not any(ended(number) for number in [process.pid, *numbers])
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(30) == 75
+    finish(process, 75)

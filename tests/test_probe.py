@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from image_files import digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from scclr.config.schema import ProbeConfig, ProjectorConfig
 from scclr.datasets import ImageSet, Splits
-from scclr.datasets.digits import Digits
 from scclr.encoders.convnet import ConvNet
 from scclr.encoders.model import Model
 from scclr.evaluate.features import encoder_hash, extract_features, pixels
@@ -32,15 +32,13 @@ def top1(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> float:
 
 
 def splits() -> Splits:
-    return Digits(limit=400, validation=0.25, mean=[0.3], std=[0.4], test=0.25).load()
+    return digits(limit=400).load()
 
 
 def model() -> Model:
     torch.manual_seed(0)
-    encoder = ConvNet(in_channels=1, widths=[8, 16], stem_stride=1)
-    return Model(
-        encoder, ProjectorConfig(depth=2, hidden_dim=8, out_dim=4, batch_norm=True, normalize=True), [0.3], [0.4]
-    )
+    projector = ProjectorConfig(depth=2, hidden_dim=8, out_dim=4, batch_norm=True, normalize=True)
+    return Model(ConvNet(in_channels=1, widths=[8, 16], stem_stride=1), projector, [0.3], [0.4])
 
 
 @pytest.mark.parametrize("l2", [1e-3, 1e-1])
@@ -63,7 +61,7 @@ def test_logistic_regression_is_scikit_learns(l2: float) -> None:
 
 def test_strength_is_chosen_on_validation_and_ties_go_to_the_strongest() -> None:
     x, y = blobs(60, 20)
-    x_validation, y_validation = blobs(400, 20)[0], blobs(400, 20)[1]
+    x_validation, y_validation = blobs(400, 20)
     grid = [1e-6, 1e-3, 1e-1, 1.0, 10.0]
     chosen, found = choose_l2((x, y), (x_validation, y_validation), 4, grid, 200)
     axes = PrincipalAxes(x)
@@ -101,9 +99,8 @@ def test_knn_is_the_weighted_vote_at_any_temperature(temperature: float) -> None
 
 
 def test_the_encoder_is_frozen_and_in_eval_mode() -> None:
-    net = model().train()
+    net, data = model().train(), splits()
     before = encoder_hash(net.encoder)
-    data = splits()
     h = extract_features(net, data.test, 64)
     assert torch.equal(h, extract_features(net, data.test, 64))
     torch.testing.assert_close(h, extract_features(net, data.test, 7), atol=1e-5, rtol=1e-5)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from augment_helpers import simclr
 from conftest import TINY, run_folders
-from image_files import simclr
 from PIL import Image
 
 from scclr.datasets import ImageSet, Splits
@@ -28,7 +28,7 @@ def test_a_sheet_shows_every_class_beside_its_own_views() -> None:
     for row, label in enumerate((0, 1, 2, 2)):
         middle = page.height - 48 - (rows - 1 - row) * 100
         seen = {page.getpixel((x, middle))[0] for x in range(40, page.width)}
-        assert {20 * label, 255} <= seen <= {20 * label, 255, *range(100)}, "its own class, and white between"
+        assert seen == {20 * label, 255}, "its own class, and white between"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

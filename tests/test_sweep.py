@@ -13,7 +13,7 @@ from conftest import TINY
 import scclr.train as train
 from scclr.config.errors import UserError
 from scclr.run.checkpoint import save
-from scclr.run.lock import run_lock
+from scclr.run.lock import file_lock, run_lock
 from scclr.run.sweep import Point, before, clock, fail, listed, remember, remembered, status
 
 RESULT = {"metrics": {}, "config": {}, "seconds": {"total": 100}}
@@ -97,13 +97,30 @@ def test_points_that_cannot_be_noted_are_refused(tmp_path: Path) -> None:
         remember([Point(tmp_path / "file" / "a", "")])
 
 
+def test_a_list_of_points_that_stays_locked_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scclr.run.sweep.LOCK_SECONDS", 0.1)
+    held = r"\.sweep\.lock: another process has held this lock for 0\.1 s"
+    with file_lock(tmp_path / ".sweep.lock", 0), pytest.raises(UserError, match=held):
+        remember([Point(tmp_path / "a", "")])
+
+
+def test_torch_is_not_imported_for_the_status_of_finished_runs(tmp_path: Path) -> None:
+    remember([Point(tmp_path / "a", "")])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "result.json").write_text(json.dumps(RESULT))
+    code = "import sys; from scclr.cli import dispatch; dispatch(sys.argv[1:]); print(*sys.modules)"
+    line = [sys.executable, "-c", code, "sweep-status", str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert "1 points: 1 done\n100 s so far\n" in done.stdout
+    assert "torch" not in done.stdout.split()
+
+
 @pytest.mark.slow
 def test_sweeps_that_start_together_lose_no_point(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", TOGETHER], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     for name in "012":
-        found = {point.directory.name for point in remembered(folder / name)}
-        assert found == {f"{i}-{j}" for i in range(12) for j in range(3)}
+        assert remembered(folder / name) == {f"{i}-{j}": f"seed={i}" for i in range(12) for j in range(3)}
         assert sorted(path.name for path in (folder / name).iterdir()) == [".sweep.lock", "sweep.json"]
 
 

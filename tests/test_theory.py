@@ -31,14 +31,13 @@ def blobs(classes: int, images: int, views: int, d: int, seed: int = 0, noise: f
     return F.normalize(centre[labels] + noise * image + noise * view, dim=2), labels
 
 
-populations = st.builds(
-    blobs, st.integers(2, 5), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 10**6),
-    st.sampled_from([0.0, 0.3, 1.0, 5.0]),
-)  # fmt: skip
-samples = st.builds(
-    blobs, st.integers(2, 4), st.integers(2, 4), st.integers(2, 4), st.integers(1, 4), st.integers(0, 10**6),
-    st.sampled_from([0.0, 0.3, 1.0, 5.0]),
-)  # fmt: skip
+def blobs_of(least: int) -> st.SearchStrategy[tuple[Tensor, Tensor]]:
+    """``blobs`` with ``least`` or more images in a class and views of an image."""
+    few, noises = st.integers(least, least + 2), st.sampled_from([0.0, 0.3, 1.0, 5.0])
+    return st.builds(blobs, st.integers(2, 4), few, few, st.integers(1, 4), st.integers(0, 10**6), noises)
+
+
+populations, samples = blobs_of(1), blobs_of(2)
 
 
 def values(found: Any) -> Tensor:
@@ -75,8 +74,7 @@ def test_the_bias_is_a_mean_of_products_of_different_views_and_images() -> None:
 
 def test_the_bias_is_the_mean_of_its_influence() -> None:
     z, labels = blobs(3, 5, 4, 6)
-    sample = Sample(z, labels, population=False)
-    per_image = torch.cat([rows for rows, _, _ in influence(sample)])  # a, b, g
+    per_image = influence(Sample(z, labels, population=False))  # on a, b, g
     found = theory.prototype_bias(z, labels)
     for weights, estimate in (((1, -1, 0), found.b2), ((0, 1, -1), found.s_b), ((0, 0, 1), found.mean_norm2)):
         h = per_image @ torch.tensor(weights, dtype=torch.float64)
@@ -156,16 +154,11 @@ def test_attraction_differs_by_the_bias_exactly(population: tuple[Tensor, Tensor
     prototype = torch.stack([z[labels == c].mean((0, 1)) for c in range(int(labels.max()) + 1)])
     by_hand = (z.mean(1) - prototype[labels]).square().sum(1).mean().item()
     assert math.isclose(found.b2.value, by_hand, abs_tol=1e-12)
-    merged = theory.prototype_bias(
-        z, labels.clamp(max=int(labels.max()) - 1), population=True
-    )  # merges the last two classes
+    coarser = labels.clamp(max=int(labels.max()) - 1)  # merges the last two classes
+    merged = theory.prototype_bias(z, coarser, population=True)
     p, q = ((labels == labels.max() - k).double().mean() for k in (0, 1))
     added = p * q / (p + q) * (prototype[-1] - prototype[-2]).square().sum()
     assert math.isclose(merged.b2.value, found.b2.value + added.item(), abs_tol=1e-12)
-    same = [z[i, k] @ z[j, m] for i in range(len(z)) for j in range(len(z)) if labels[i] == labels[j]
-            for k in range(z.shape[1]) for m in range(z.shape[1])]  # fmt: skip
-    if (labels.bincount() == labels.bincount()[0]).all():  # SupCon's attraction minus SimCLR's is B2
-        assert math.isclose(1 - found.v_aug.value - torch.stack(same).mean().item(), found.b2.value, abs_tol=1e-12)
 
 
 # --- the bound
@@ -247,18 +240,14 @@ def test_the_bound_agrees_with_a_naive_computation() -> None:
             assert math.isclose(getattr(found, name).value, value, abs_tol=1e-12), name
 
 
-@pytest.mark.parametrize(
-    ("classes", "tau", "slack", "class_excluded"),
-    [(10, 0.5, 1.4515, 1.0986), (100, 0.1, 1.0105, 0.4595), (2, 0.5, 2.0091, 0.0)],
-)
-def test_slack_at_neural_collapse(classes: int, tau: float, slack: float, class_excluded: float) -> None:
+@pytest.mark.parametrize(("classes", "tau"), [(10, 0.5), (100, 0.1), (2, 0.5)])
+def test_slack_at_neural_collapse(classes: int, tau: float) -> None:
     simplex = F.normalize(torch.eye(classes, dtype=torch.float64) - 1 / classes, dim=1).unsqueeze(1)
     (found,) = theory.bound(simplex, torch.arange(classes), [tau], 1.0, population=True)
-    assert found.slack.value == pytest.approx(slack, abs=5e-5)
-    assert found.class_excluded_slack.value == pytest.approx(class_excluded, abs=5e-5)
     others = classes - 1
-    closed = tau * math.log(math.exp(1 / tau) + others * math.exp(-1 / (others * tau))) + 1 / others
-    assert math.isclose(found.slack.value, closed, rel_tol=1e-12)
+    slack = tau * math.log(math.exp(1 / tau) + others * math.exp(-1 / (others * tau))) + 1 / others
+    assert math.isclose(found.slack.value, slack, rel_tol=1e-12)
+    assert math.isclose(found.class_excluded_slack.value, tau * math.log(others), abs_tol=1e-12)
 
 
 def test_repulsion_is_bracketed_in_the_mean() -> None:
@@ -301,7 +290,7 @@ def test_the_certified_mean_is_never_too_small_in_expectation(views: int) -> Non
 def test_jackknife_of_a_mean() -> None:
     x = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     parts = torch.stack([x.mean(), *((x.sum() - x[i]) / 39 for i in range(40))])
-    corrected, error = jackknife(parts, population=False)
+    corrected, error = jackknife(parts)
     assert math.isclose(corrected.item(), x.mean().item(), rel_tol=1e-12)
     assert math.isclose(error.item(), x.std().item() / 40**0.5, rel_tol=1e-12)
 
@@ -402,20 +391,17 @@ def test_correlations_are_those_of_the_augmentation() -> None:
     signal = torch.randn(n, 4, dtype=torch.float64, generator=draw)
     signal[:, 0] = 2.0 * labels - 1  # the best feature is the class
     mix = torch.randn(4, 6, dtype=torch.float64, generator=draw)  # six features of rank four
-    h1, h2 = (
-        (r.sqrt() * signal + (1 - r).sqrt() * torch.randn(n, 4, dtype=torch.float64, generator=draw)) @ mix
-        for _ in range(2)
-    )
-    found = theory.augmentation_correlations(h1, h2, ridge=1e-8)
+    noise = torch.randn(n, 2, 4, dtype=torch.float64, generator=draw)
+    h = (r.sqrt() * signal.unsqueeze(1) + (1 - r).sqrt() * noise) @ mix
+    found = theory.augmentation_correlations(h, ridge=1e-8)
     torch.testing.assert_close(found[:3], r[:3], atol=0.02, rtol=0)
     assert found[3:].abs().max() < 0.03
-    assert theory.augmentation_correlations(h1, h2, labels=labels)[0].item() == pytest.approx(0.6, abs=0.02)
+    assert theory.augmentation_correlations(h, labels)[0].item() == pytest.approx(0.6, abs=0.02)
     assert theory.collapse_threshold(0.9) == pytest.approx(1 / 1.1)
-    assert theory.augmentation_correlations(h1, h2, components=2).shape == (2,)
-    noise = [torch.randn(200, 60, generator=draw) for _ in range(2)]
-    assert theory.augmentation_correlations(*noise)[0] < 0.35  # on the images of the fit it would be above 0.7
-    constant = torch.ones(10, 3)
-    assert theory.augmentation_correlations(constant, constant).tolist() == [0, 0, 0]
+    assert theory.augmentation_correlations(h, components=2).shape == (2,)
+    noise = torch.randn(200, 2, 60, generator=draw)
+    assert theory.augmentation_correlations(noise)[0] < 0.35  # on the images of the fit it would be above 0.7
+    assert theory.augmentation_correlations(torch.ones(10, 2, 3)).tolist() == [0, 0, 0]
 
 
 # --- data
@@ -451,26 +437,19 @@ def test_invalid_arguments_are_refused() -> None:
     z, labels = blobs(3, 4, 2, 5)
     spoiled = z.clone()
     spoiled[0, 0, 0] = math.nan
-    refused: list[tuple[Tensor, Tensor, str]] = [
-        (z[:, :1], labels, "one view of every image"),
-        (spoiled, labels, "1 rows of z are not finite"),
-        (2 * z, labels, "not of unit length"),
-        (z, labels - 1, "images have no label"),
-        (z, torch.arange(len(z)), "no class has 2 images"),
-        (z[0], labels, r"give z \[n, M, d\]"),
-        (z, labels.double(), r"int64 \[n\]"),
-    ]
-    for rows, classes, message in refused:
-        with pytest.raises(ValueError, match=message):
-            theory.prototype_bias(rows, classes)
     calls: list[tuple[str, Callable[[], object]]] = [
+        ("one view of every image", lambda: theory.prototype_bias(z[:, :1], labels)),
+        ("1 rows of z are not finite", lambda: theory.prototype_bias(spoiled, labels)),
+        ("not of unit length", lambda: theory.prototype_bias(2 * z, labels)),
+        (r"give z \[n, M, d\]", lambda: theory.prototype_bias(z[0], labels)),
+        (r"int64 \[n\]", lambda: theory.prototype_bias(z, labels.double())),
         ("temperatures", lambda: theory.bound(z, labels, [], 1.0)),
         ("positive", lambda: theory.bound(z, labels, [0.0], 1.0)),
         ("lam=-1", lambda: theory.bound(z, labels, [0.5], -1.0)),
-        ("only one class has 2 images", lambda: theory.bound(z, 0 * labels, [0.5], 1.0)),
         ("only one class has 2 images", lambda: theory.supervised_objective(z, 0 * labels, 1.0)),
-        ("4 images", lambda: theory.augmentation_correlations(z[:3, 0], z[:3, 1])),
-        ("not finite", lambda: theory.augmentation_correlations(spoiled[:, 0], spoiled[:, 1])),
+        ("4 images", lambda: theory.augmentation_correlations(z[:3])),
+        ("2 views", lambda: theory.augmentation_correlations(z[:, :1])),
+        ("not finite", lambda: theory.augmentation_correlations(spoiled)),
         ("classes=1", lambda: theory.class_threshold(1, 0.5, 0.5)),
         ("images=1", lambda: theory.misalignment_onset(1, 0.5)),
     ]
@@ -498,7 +477,7 @@ def test_labels_are_refused_exactly_where_the_theory_cannot_be_computed(labels: 
 
     def compute() -> None:
         theory.bound(z, y, [0.5], 1.0)
-        theory.augmentation_correlations(*z.unbind(1))
+        theory.augmentation_correlations(z)
 
     if message is None:
         theory.check_labels(y)
@@ -506,5 +485,5 @@ def test_labels_are_refused_exactly_where_the_theory_cannot_be_computed(labels: 
         return
     with pytest.raises(ValueError, match=message):
         theory.check_labels(y)
-    with pytest.raises(ValueError, match=r"\w"):
+    with pytest.raises(ValueError, match="image"):
         compute()

@@ -72,7 +72,7 @@ def test_a_theory_that_cannot_be_computed_is_refused_before_training(
     assert not list(folder.glob("runs/*/*/metrics.jsonl"))
 
 
-def measured(labels: Tensor, weight: float | None = None) -> dict:
+def measured(labels: Tensor, weight: float | None = None, form: LogSumExpForm | None = None) -> dict:
     """``measure`` of a small untrained model on random images, ``weight`` in all of its first convolution."""
     state, augment = training(compose(*TINY))
     if weight is not None:
@@ -80,7 +80,10 @@ def measured(labels: Tensor, weight: float | None = None) -> dict:
     data, config = ImageSet(noise(len(labels)).images, labels), TheoryConfig(24, 2, [0.5])
     before, random = state.model.training, torch.get_rng_state()
     try:
-        return measure(state.model, data, augment, config, alpha=0.25, temperature=1.0, images=64, batch=10, seed=0)
+        return measure(
+            state.model, data, augment, config,
+            alpha=0.25, temperature=1.0, form=form, images=64, batch=10, seed=0,
+        )  # fmt: skip
     finally:
         assert state.model.training == before
         assert torch.equal(random, torch.get_rng_state())
@@ -89,7 +92,7 @@ def measured(labels: Tensor, weight: float | None = None) -> dict:
 def test_measured_numbers_their_headline_and_their_table() -> None:
     labels = torch.arange(30) % 3
     labels[0], labels[chosen_rows(30, 0, 24)[0]] = 0, 3  # one class with one image
-    theory = measured(labels)
+    theory = measured(labels, form=LogSumExpForm(0.2, decoupled=False))
     assert theory["dropped"] == [3]
     assert theory["lam"] == 3
     assert theory["identity_error"] < 1e-12
@@ -115,8 +118,20 @@ def test_measured_numbers_their_headline_and_their_table() -> None:
         f"{collapse['effective_rank']:.4f}",
         f"{half['upper_bound']['value']:.4f}",
         "classes 3",
+        f"above alpha = {theory['thresholds']['alpha_c']:.3f}",
+        f"below alpha = {theory['thresholds']['alpha_mis']:.3f}",
     ):
         assert any(text in line for line in lines), text
+
+
+def test_thresholds_are_those_of_the_loss() -> None:
+    """The decoupled loss never separates positives, and a loss of another form has neither threshold."""
+    labels = torch.arange(30) % 3
+    decoupled, other = (measured(labels, form=form) for form in (LogSumExpForm(0.2, decoupled=True), None))
+    assert decoupled["thresholds"]["alpha_mis"] == 0 < decoupled["thresholds"]["alpha_c"]
+    assert "separates positives" not in table(decoupled)
+    assert (other["thresholds"]["alpha_c"], other["thresholds"]["alpha_mis"]) == (None, None)
+    assert "well-separated classes" not in table(other)
 
 
 def test_what_cannot_be_measured_is_a_user_error() -> None:

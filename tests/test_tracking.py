@@ -114,8 +114,9 @@ def test_a_resumed_run_is_one_run(tmp_path: Path) -> None:
     assert [row["pretrain/loss"] for row in history(tmp_path)] == [5.0], "of a run begun anew nothing older is left"
 
 
-def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x": 2}\n{"step": 2, "x"')
+@pytest.mark.parametrize("line", [b'{"step": 2, "x"', b"\xff", b"[]", b"{}"])
+def test_rows_are_read_up_to_a_damaged_line(line: bytes, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "x": 2}\n' + line)
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 2}]
 
 

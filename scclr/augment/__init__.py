@@ -145,25 +145,21 @@ class Augment(Recipe):
         then all second ones.
 
         ``images`` may be a part of the step's batch of ``total`` images, from image ``first`` on. The views are those
-        that the whole batch would get. ``images`` may also be the crops of these views, [B, V, C, S, S], for
-        ``finish``.
+        that the whole batch would get. ``images`` may also be the crops of these views, [B, V, C, S, S], which
+        ``Draws.boxes`` were applied to.
+
+        Raises:
+            ValueError: crops for a recipe with a rotation, which comes before the crop.
         """
         draws = self.draw(total or len(images), seed=seed, step=step)
         draws = draws.select_images(len(self.views), slice(first, first + len(images)))
-        if images.ndim == 5:
-            return self.finish(images.transpose(0, 1).flatten(0, 1), draws)
-        return self._render(images, draws, draws.boxes(*images.shape[2:]))
-
-    def finish(self, crops: Tensor, draws: Draws) -> Tensor:
-        """The views of a call, from ``crops`` uint8 [V B, C, S, S] that ``draws.boxes`` were applied to.
-
-        Raises:
-            ValueError: for a recipe with a rotation, which comes before the crop.
-        """
+        if images.ndim == 4:
+            return self._render(images, draws, draws.boxes(*images.shape[2:]))
         if any(recipe.rotation > 0 for recipe in self.recipes):
             raise ValueError("rotation comes before the crop: it needs whole images")
-        height, width = crops.shape[2:]
-        return self._render(crops, draws, torch.tensor([[0.0, 0.0, height, width]]).expand(len(crops), -1))
+        crops = images.transpose(0, 1).flatten(0, 1)  # [V B, C, S, S]
+        whole = torch.tensor([[0.0, 0.0, *crops.shape[2:]]]).expand(len(crops), -1)
+        return self._render(crops, draws, whole)
 
     def draw(self, total: int, *, seed: int, step: int) -> Draws:
         """The parameters of all views of a step's ``total`` images."""

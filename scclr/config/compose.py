@@ -143,33 +143,40 @@ def plan(command: CommandLine) -> Plan:
     Raises:
         UserError: the first thing that is wrong with it, with what to type instead.
     """
-    with composer(command) as hydra, one_line_errors(hydra, command):
-        parser = OverridesParser.create(config_loader=hydra.config_loader)
-        jobs, words = _take_joblib(command.overrides)
-        overrides = [_parse_override(parser, word) for word in words]
-        _refuse_unknown_choices(hydra, command, overrides)
-        for override in overrides if not command.sweep else []:
-            advice = "several values make a sweep: add -m, or quote them"
-            require(not override.is_sweep_override(), f"{override.input_line}: {advice}")
-        fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
-        base = hydra.compose_config(command.config_name, fixed, RunMode.RUN, from_shell=False)
-        settings = base.hydra
-        launcher = "joblib" if jobs is not None else settings.runtime.choices.get("hydra/launcher") or "basic"
-        basic_sweeper = settings.sweeper._target_ == BASIC_SWEEPER
-        runs_here = basic_sweeper and launcher in ("basic", "joblib") and not settings.callbacks
-        if not (command.sweep and basic_sweeper):
-            composed = [Point("", fixed, resolve_job(base, settings.runtime.choices))]
-        else:
-            params = [f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()]
-            overrides = [*(_parse_override(parser, word) for word in params), *overrides]
-            found = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
-            points = [[_short_float(word) for word in point] for point in found]
-            composed = []
-            for point in points:
-                own = " ".join(word for word in point if not all(word in other for other in points))
-                config = hydra.compose_config(command.config_name, point, RunMode.RUN, from_shell=False)
-                resolved = resolve_job(config, config.hydra.runtime.choices)
-                composed.append(Point(own.replace("'", ""), point, resolved))
+    with composer(command) as hydra:
+        try:
+            return _plan(command, hydra)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise UserError(_explain(error, hydra, command)) from error
+
+
+def _plan(command: CommandLine, hydra: Hydra) -> Plan:
+    parser = OverridesParser.create(config_loader=hydra.config_loader)
+    jobs, words = _take_joblib(command.overrides)
+    overrides = [_parse_override(parser, word) for word in words]
+    _refuse_unknown_choices(hydra, command, overrides)
+    for override in overrides if not command.sweep else []:
+        advice = "several values make a sweep: add -m, or quote them"
+        require(not override.is_sweep_override(), f"{override.input_line}: {advice}")
+    fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+    base = hydra.compose_config(command.config_name, fixed, RunMode.RUN, from_shell=False)
+    settings = base.hydra
+    launcher = "joblib" if jobs is not None else settings.runtime.choices.get("hydra/launcher") or "basic"
+    basic_sweeper = settings.sweeper._target_ == BASIC_SWEEPER
+    runs_here = basic_sweeper and launcher in ("basic", "joblib") and not settings.callbacks
+    if not (command.sweep and basic_sweeper):
+        composed = [Point("", fixed, resolve_job(base, settings.runtime.choices))]
+    else:
+        params = [f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()]
+        overrides = [*(_parse_override(parser, word) for word in params), *overrides]
+        found = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+        points = [[_short_float(word) for word in point] for point in found]
+        shared, composed = set.intersection(*map(set, points)), []
+        for point in points:
+            own = " ".join(word for word in point if word not in shared)
+            config = hydra.compose_config(command.config_name, point, RunMode.RUN, from_shell=False)
+            resolved = resolve_job(config, config.hydra.runtime.choices)
+            composed.append(Point(own.replace("'", ""), point, resolved))
     return Plan(composed, basic_sweeper, launcher, -1 if jobs is None else jobs, runs_here)
 
 
@@ -244,17 +251,8 @@ def _refuse_unknown_choices(hydra: Hydra, command: CommandLine, overrides: list[
             require(value in ("null", *choices), message + advice)
 
 
-@contextmanager
-def one_line_errors(hydra: Hydra, command: CommandLine) -> Iterator[None]:
-    """Turn what Hydra says about a command line into a ``UserError`` of one line."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(_explain(error, hydra, command)) from error
-
-
 def _explain(error: Exception, hydra: Hydra, command: CommandLine) -> str:
-    """Hydra's messages are prose of several lines; these are the ones that a user meets."""
+    """One line for what Hydra says about a command line, in prose of several lines."""
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     if "hydra/launcher" in lines[0] or "hydra/sweeper" in lines[0]:
         return f"{lines[0]}: {SWEEP_EXTRA}"

@@ -59,9 +59,9 @@ class ImageSet:
 class Splits:
     """What a run sees. Choices are made on ``validation``; ``test`` is used once, at the end.
 
-    ``pretrain`` is ``train`` without its labels, unless the dataset has an unlabelled part (STL-10). ``mean`` and
-    ``std`` are per channel, of pixels in [0, 1]. ``refit`` says that ``validation`` has the class proportions of
-    ``train``, so that the final classifier may be fitted on both; with a long-tailed ``train`` it has not.
+    ``pretrain`` is ``train``, unless the dataset has an unlabelled part (STL-10). ``mean`` and ``std`` are per channel,
+    of pixels in [0, 1]. ``refit`` says that ``validation`` has the class proportions of ``train``, so that the final
+    classifier may be fitted on both; with a long-tailed ``train`` it has not.
     """
 
     pretrain: ImageSet
@@ -177,8 +177,8 @@ class Source(ABC):
         full, held_out, names, unlabelled, validation = self.read()
         require(len(names) > 1, f"{len(names)} class: {CLASS_FOLDERS_ADVICE}")
         channels = full.images.shape[1]
-        message = f"dataset.mean={self.mean}: the images have {channels} channels; give mean and std of each"
-        require(len(self.mean) == channels, message)
+        advice = f"the images have {channels} channels; give mean and std of each"
+        require(len(self.mean) == channels, f"dataset.mean={self.mean}: {advice}")
         if self.classes is not None:
             outside = [c for c in self.classes if not 0 <= c < len(names)]
             require(not outside, f"dataset.classes={outside}: labels run from 0 to {len(names) - 1}")
@@ -187,15 +187,12 @@ class Source(ABC):
             held_out = held_out and _keep(held_out, self.classes)
             validation = validation and _keep(validation, self.classes)
         if held_out is None:
-            require(self.test is not None, "dataset.test is null, and this dataset has no test split to fall back on")
-            full, held_out = self._carve(full, self.test or 0, "test")
+            full, held_out = self._carve(full, self.test, "test")
         if self.limit is not None and self.limit < len(full):
             full, _ = self._carve(full, len(full) - self.limit, "limit")
         refit = self.imbalance is None and validation is None
         if validation is None:
-            advice = "dataset.validation is null, and this dataset has no validation split to fall back on"
-            require(self.validation is not None, advice)
-            full, validation = self._carve(full, self.validation or 0, "validation")
+            full, validation = self._carve(full, self.validation, "validation")
         train = full if self.imbalance is None else self._thin(full, self.imbalance, names)
         train, validation, held_out = (self.materialize(part) for part in (train, validation, held_out))
         pretrain = train
@@ -215,13 +212,12 @@ class Source(ABC):
         kept = [order[data.labels[order] == c][:n] for c, n in enumerate(counts)]
         return data[torch.cat(kept).sort().values]
 
-    def _carve(self, data: ImageSet, share: float | int, name: str) -> tuple[ImageSet, ImageSet]:
+    def _carve(self, data: ImageSet, share: float | int | None, name: str) -> tuple[ImageSet, ImageSet]:
         """(the rest, a stratified part that has this share or count of the images)."""
-        labels = data.labels.numpy()
+        require(share is not None, f"dataset.{name} is null, and this dataset has no {name} split to fall back on")
+        rows, labels = np.arange(len(data)), data.labels.numpy()
         try:
-            rest, part = train_test_split(
-                np.arange(len(data)), test_size=share, stratify=labels, random_state=self.split_seed
-            )
+            rest, part = train_test_split(rows, test_size=share, stratify=labels, random_state=self.split_seed)
         except ValueError as error:
             message = f"dataset: {len(data)} images are too few for dataset.{name}"
             raise UserError(f"{message}: give more images, or fewer classes ({error})") from error
@@ -230,9 +226,7 @@ class Source(ABC):
 
 def _keep(data: ImageSet, classes: Sequence[int]) -> ImageSet:
     """The images of ``classes``, whose labels become their positions in this list."""
-    renumbered = torch.full((int(data.labels.max()) + 1,), -1)
+    labels = torch.full_like(data.labels, -1)
     for new, old in enumerate(classes):
-        if old < len(renumbered):
-            renumbered[old] = new
-    labels = renumbered[data.labels]
+        labels[data.labels == old] = new
     return ImageSet(data.images, labels)[labels >= 0]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -10,25 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from scclr.config.errors import UserError, one_line, require
 from scclr.datasets.files import Block, Boxes, Files, OnDisk
 from scclr.datasets.reading import reading
+from scclr.run.lock import file_lock
 
 VERSION = 2  # of the pixels: 2 turns images upright and scales 16-bit ones
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mapped(OnDisk):
-    """Squares of ``side`` pixels in one file [total, 3, side, side], which is mapped into memory.
+    """Squares of ``side`` pixels in one file [.., 3, side, side], which is mapped into memory.
 
     Training takes the squares, evaluation their centers of S pixels.
     """
 
     path: Path
-    total: int
     side: int
 
     def read_center(self, rows: Tensor, *, replace_broken: bool = True) -> Block:
@@ -40,7 +40,7 @@ class Mapped(OnDisk):
         return Block(self._gather(rows), [])
 
     def _gather(self, rows: Tensor) -> Tensor:
-        squares = np.memmap(self.path, np.uint8, "r", shape=(self.total, 3, self.side, self.side))
+        squares = np.memmap(self.path, np.uint8, "r").reshape(-1, 3, self.side, self.side)
         return torch.from_numpy(np.asarray(squares)[self.index[rows].numpy()])  # [n, 3, side, side]
 
 
@@ -61,13 +61,14 @@ def cached(files: Files, folder: Path, content: str) -> tuple[Mapped, Tensor]:
     digest = hashlib.sha256(f"{files.root.resolve()} {side} {VERSION} {content}\n".encode(errors="surrogateescape"))
     digest.update(b"\n".join(files.names.tolist()))
     squares = folder / digest.hexdigest()[:16]
+    path = squares / "images.u8"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(squares.with_suffix(".lock")):
+        with file_lock(squares.with_suffix(".lock"), math.inf):
             if not squares.exists():
                 _build(files, squares)
         good = (squares / "good.json").read_text()
-        found, size = (squares / "images.u8").stat().st_size, total * 3 * side**2
+        found, size = path.stat().st_size, total * 3 * side**2
     except OSError as error:
         raise UserError(f"dataset.cache={folder}: {one_line(error)}; give another folder") from error
     readable = torch.zeros(total, dtype=torch.bool)
@@ -79,9 +80,7 @@ def cached(files: Files, folder: Path, content: str) -> tuple[Mapped, Tensor]:
     corrupt = f"{squares}: {len(bad)} of the files were corrupt when this was made, such as {named}"
     require(files.skip or not bad, f"{corrupt}; type dataset.on_corrupt=skip, or replace them and delete this folder")
     mask = readable[files.index]
-    path = squares / "images.u8"
-    mapped = Mapped(index=files.index[mask], size=files.size, workers=files.workers, path=path, total=total, side=side)
-    return mapped, mask
+    return Mapped(index=files.index[mask], size=files.size, workers=files.workers, path=path, side=side), mask
 
 
 def _build(files: Files, squares: Path) -> None:
@@ -98,7 +97,7 @@ def _build(files: Files, squares: Path) -> None:
         with open(part / "images.u8", "wb") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk is noticed before anything is decoded
-            for images, readable in replace(files, size=side, index=torch.arange(total)).iterate(on_error="blank"):
+            for images, readable in replace(files, size=side, index=torch.arange(total)).iterate(replace_broken=False):
                 file.write(images.numpy().data)
                 masks.append(readable)
             file.flush()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scclr.config.errors import require
+from scclr.config.errors import UserError, require
 from scclr.datasets import CLASS_FOLDERS_ADVICE, ImageSet, Parts, Source
 from scclr.datasets.cache import cached
 from scclr.datasets.files import Files, OnDisk
@@ -69,16 +69,15 @@ class ImageFolder(Source):
     def read(self) -> Parts:
         root = Path(self.root)
         require(os.path.isdir(root), f"{root}: no such folder; {CLASS_FOLDERS_ADVICE}")
-        if not os.path.isdir(root / "train"):
-            full, classes = self.tree(root)
-            return Parts(full, None, classes)
-        train, classes = self.tree(root / "train")
-        for name in ("test", "val"):
-            if os.path.isdir(root / name):
-                test, test_classes = self.tree(root / name)
-                require(test_classes == classes, f"{root / name}: its class folders are not those of {root / 'train'}")
-                return Parts(train, test, classes)
-        return Parts(train, None, classes)
+        folders = [root / name for name in ("train", "test", "val") if os.path.isdir(root / name)]
+        if root / "train" not in folders:
+            folders = [root]
+        train, classes = self.tree(folders[0])
+        if len(folders) == 1:
+            return Parts(train, None, classes)
+        test, test_classes = self.tree(folders[1])
+        require(test_classes == classes, f"{folders[1]}: its class folders are not those of {folders[0]}")
+        return Parts(train, test, classes)
 
     def digest(self) -> str:
         """A hash of the part, the path below the part's folder, the size in bytes and the class of every image file.
@@ -113,7 +112,7 @@ class ImageFolder(Source):
             return data
         images, readable = torch.empty(data.images.shape, dtype=torch.uint8), torch.ones(len(data), dtype=torch.bool)
         start = 0
-        for part, mask in data.images.iterate(on_error="blank"):
+        for part, mask in data.images.iterate(replace_broken=False):
             block = slice(start, start := start + len(part))
             images[block], readable[block] = part, mask
         return ImageSet(images, data.labels) if readable.all() else ImageSet(images, data.labels)[readable]
@@ -138,8 +137,9 @@ class ImageFolder(Source):
             missing = [name for name in classes if not os.path.isdir(folder / name)]
             require(not missing, f"{folder}: {len(missing)} class folders are missing, such as {missing[:1]}; {advice}")
             names, labels, others = list_images(folder, classes)
-        count = f"{folder}: {len(names):,} images instead of {wanted or 0:,}"
-        require(wanted in (None, len(names)), f"{count}; unpack it anew, or type dataset=imagefolder for any tree")
+        if wanted is not None and len(names) != wanted:
+            count = f"{folder}: {len(names):,} images instead of {wanted:,}"
+            raise UserError(f"{count}; unpack it anew, or type dataset=imagefolder for any tree")
         require(bool(classes), f"{folder}: no class folders; {advice}")
         empty = [classes[label] for label in sorted({*range(len(classes))} - {*labels})]
         what = f"{len(empty)} class folders have no images of their own, such as {empty[:1]}"

@@ -4,17 +4,8 @@ import os
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
-
-
-class Listing(NamedTuple):
-    """Paths below the folder, their labels, and how many files of each other kind there are."""
-
-    names: list[str]
-    labels: list[int]
-    others: Counter[str]
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -23,8 +14,9 @@ def class_folders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if _kind(entry) == "folder")
 
 
-def list_images(folder: Path, classes: Sequence[str]) -> Listing:
-    """The image files below the folders ``classes``, in the order of torchvision's ``make_dataset``.
+def list_images(folder: Path, classes: Sequence[str]) -> tuple[list[str], list[int], Counter[str]]:
+    """The image files below the folders ``classes``, in the order of torchvision's ``make_dataset``: their paths below
+    ``folder``, their labels, and how many files of each other kind there are.
 
     Symbolic links are followed, but no folder is read twice: neither in a loop of links, nor under a second class. A
     link never takes a folder from the class in which that folder really lies, so links are followed last. Only regular
@@ -47,18 +39,15 @@ def list_images(folder: Path, classes: Sequence[str]) -> Listing:
             for entry in entries:
                 kind = _kind(entry)
                 if kind == "folder":
-                    item = (label, os.path.join(below, entry.name))
-                    if entry.is_symlink():
-                        queue.append(item)
-                    else:
-                        queue.appendleft(item)
+                    add = queue.append if entry.is_symlink() else queue.appendleft
+                    add((label, os.path.join(below, entry.name)))
                 elif kind == "file" and entry.name.lower().endswith(IMG_EXTENSIONS):
                     found.append((classes[label], below, entry.name, label))
                 else:
                     extension = os.path.splitext(entry.name)[1].lower() or "no extension"
                     others[extension if kind == "file" else kind] += 1
     found.sort()
-    return Listing([os.path.join(below, name) for _, below, name, _ in found], [row[-1] for row in found], others)
+    return [os.path.join(below, name) for _, below, name, _ in found], [row[-1] for row in found], others
 
 
 def _kind(entry: "os.DirEntry[str]") -> str:

@@ -59,7 +59,7 @@ def batches(
         stream: Iterator[Block] = read_ahead(job, keys, data.images.workers, pin=device.type == "cuda")
     for step in steps:
         epoch, position = divmod(step, n // batch_size)
-        if order is None or position == 0:
+        if order is None or position == 0:  # one copy to the device an epoch, not one a step
             order = epoch_order(seed, epoch, n).to(device, non_blocking=True)
         rows = order[position * batch_size : (position + 1) * batch_size]
         if isinstance(data.images, OnDisk):
@@ -95,10 +95,7 @@ def views(data: ImageSet, augment: Augment, *, seed: int, step: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _StepJob:
-    """Reads this process's images of all steps, in jobs of at most ``IMAGES_PER_JOB`` images.
-
-    Jobs are numbered from 0 at step 0.
-    """
+    """Reads this process's images of each step in jobs of at most ``IMAGES_PER_JOB``, numbered from step 0 on."""
 
     images: OnDisk
     augment: Augment
@@ -119,12 +116,12 @@ class _StepJob:
 
     def read(self, rows: Tensor, step: int, in_batch: slice) -> Block:
         """Images ``rows``, which are the part ``in_batch`` of the batch of ``step``."""
-        views = len(self.augment.views)
-        draws = self.augment.draw(self.batch_size, seed=self.seed, step=step).select_images(views, in_batch)
+        view_count = len(self.augment.views)
+        draws = self.augment.draw(self.batch_size, seed=self.seed, step=step).select_images(view_count, in_batch)
 
         def boxes(height: Tensor | int, width: Tensor | int) -> Tensor:
-            sizes = (side.repeat(views) if isinstance(side, Tensor) else side for side in (height, width))
-            return draws.boxes(*sizes).unflatten(0, (views, -1)).transpose(0, 1)  # [B, V, 4]
+            sizes = (side.repeat(view_count) if isinstance(side, Tensor) else side for side in (height, width))
+            return draws.boxes(*sizes).unflatten(0, (view_count, -1)).transpose(0, 1)  # [B, V, 4]
 
         assert self.augment.size is not None
         return self.images.read_crops(rows, boxes, self.augment.size)

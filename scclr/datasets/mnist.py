@@ -31,11 +31,12 @@ class MNIST(Source):
     advice: ClassVar[str] = "give dataset.root=<the folder of the four idx files>, or a network to download them"
 
     def read(self) -> Parts:
-        found = self.installed is not None and self.installed.is_dir()
-        root = Path(self.root or (self.installed if found else "data"))  # type: ignore[arg-type]
+        default = self.installed if self.installed and self.installed.is_dir() else "data"
+        root = Path(self.root or default)
         raw = root / self.reader.__name__ / "raw"
-        folder = next((f for f in (root, raw) if list(f.glob("*-ubyte*"))), raw)
-        if folder == raw and not list(raw.glob("*-ubyte*")):
+        folder = next((f for f in (root, raw) if list(f.glob("*-ubyte*"))), None)
+        if folder is None:
+            folder = raw
             with downloading(raw, self.advice):
                 self.reader(str(root), download=True)
         train, test = (self._image_set(folder, part) for part in ("train", "t10k"))

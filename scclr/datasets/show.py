@@ -33,7 +33,7 @@ def sheet(splits: Splits, augment: Augment, *, seed: int) -> Image.Image:
 
     font = ImageFont.load_default(size=13)
     margin = SPACE + round(max(font.getlength(name) for name in [*names, ""])) + SPACE
-    cells = [[enlarged(picture) for picture in pictures] for _, pictures in columns]  # [column][row]
+    cells = [[scaled(picture) for picture in pictures] for _, pictures in columns]  # [column][row]
     width, height = (max(getattr(cell, side) for column in cells for cell in column) for side in ("width", "height"))
     # The views of a step stand together.
     lefts = [margin + i * (width + SPACE) + 2 * SPACE * math.ceil(i / len(augment.views)) for i in range(len(columns))]
@@ -51,14 +51,14 @@ def sheet(splits: Splits, augment: Augment, *, seed: int) -> Image.Image:
 
 
 def examples(data: ImageSet) -> ImageSet:
-    """The first image of each class, of at most ``EXAMPLES`` classes; of fewer classes, further images as well."""
+    """The first image of each class, then other images, up to ``EXAMPLES`` in all."""
     labels = data.labels.tolist()
     first = [labels.index(label) for label in sorted(set(labels))[:EXAMPLES]]
     others = [i for i in range(min(len(labels), EXAMPLES)) if i not in first]
     return data[torch.tensor((first + others)[:EXAMPLES], device=data.labels.device)]
 
 
-def enlarged(picture: Tensor) -> Image.Image:
+def scaled(picture: Tensor) -> Image.Image:
     """A picture uint8 [C, H, W] at about ``PICTURE_SIDE``: small pixels become squares, large images are shrunk."""
     image = to_pil_image(picture.cpu()).convert("RGB")
     scale = PICTURE_SIDE / max(image.size)

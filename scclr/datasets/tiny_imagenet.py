@@ -37,8 +37,8 @@ class TinyImageNet(ImageFolder):
             ids = sorted((folder / "wnids.txt").read_text().split())
             words = dict(line.split("\t") for line in (folder / "words.txt").read_text().splitlines())
             classes = [words[name].split(",")[0] for name in ids]
-            lines = notes.read_text().splitlines()
-            names, labels = zip(*((line.split("\t")[0], ids.index(line.split("\t")[1])) for line in lines), strict=True)
+            rows = [line.split("\t") for line in notes.read_text().splitlines()]
+            names, labels = [row[0] for row in rows], [ids.index(row[1]) for row in rows]
         count = f"{len(names):,} lines instead of {self.counts[1]:,}"
         require(len(names) == self.counts[1], f"{notes}: {count}; {advice}")
         refuse_outside(notes, [*ids, *names], advice)

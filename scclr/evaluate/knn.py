@@ -12,7 +12,7 @@ QUERIES = 1024  # that are compared with all images at once
 
 @torch.no_grad()
 def knn_predict(bank: Tensor, y_bank: Tensor, queries: Tensor, classes: int, *, k: int, temperature: float) -> Tensor:
-    """The class of each query, int64 [Q]: the k images of ``bank`` [N, D] with the largest cosine vote for theirs.
+    """The class of each query, int64 [Q], for which its k nearest images of ``bank`` [N, D] by cosine vote.
 
     A vote has the weight exp(cosine / temperature) (Wu et al. 2018, sec. 3.4). Weights are computed relative to the
     nearest image's, so no temperature makes them overflow.

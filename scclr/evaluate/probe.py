@@ -3,7 +3,7 @@
 Dimensions: N images, D features, K classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def probe_encoder(model: Model, splits: Splits, config: ProbeConfig) -> ProbeRes
     )
     result = probe((train, validation, test), splits, config)
     assert encoder_hash(model.encoder) == before, "evaluation changed the encoder"
-    return ProbeResult(result.metrics, result.l2, result.validation, before)
+    return replace(result, encoder_sha256=before)
 
 
 def probe_pixels(splits: Splits, config: ProbeConfig) -> ProbeResult:
@@ -75,10 +75,9 @@ def knn_accuracy(model: Model, splits: Splits, config: ProbeConfig, images: int)
     """kNN accuracy on the validation split, with the first ``images`` training images as neighbours."""
     few = splits.train[slice(0, images)]
     bank, queries = (extract_features(model, part, config.batch_size) for part in (few, splits.validation))
-    classes, k, temperature = len(splits.classes), config.knn_k, config.knn_temperature
-    return accuracy(
-        knn_predict(bank, few.labels, queries, classes, k=k, temperature=temperature), splits.validation.labels
-    )
+    k, temperature = config.knn_k, config.knn_temperature
+    predicted = knn_predict(bank, few.labels, queries, len(splits.classes), k=k, temperature=temperature)
+    return accuracy(predicted, splits.validation.labels)
 
 
 def class_accuracy(predicted: Tensor, y: Tensor, classes: int) -> Tensor:

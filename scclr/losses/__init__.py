@@ -18,7 +18,7 @@ from scclr.losses.anchors import Anchors, GlobalBatch
 from scclr.losses.pairs import full_precision
 
 __all__ = [
-    "Anchors", "GlobalBatch", "LogSumExpForm", "Loss", "LossTerms", "balance", "check_alpha", "check_positive",
+    "Anchors", "GlobalBatch", "LogSumExpForm", "Loss", "LossTerms", "TemperatureLoss", "balance", "check_positive",
     "check_range",
 ]  # fmt: skip
 
@@ -46,12 +46,17 @@ class Loss(nn.Module):
     ``total``.
 
     Raises:
-        ValueError: on call, if shapes do not fit, labels are missing, or the images are too few for the loss.
+        ValueError: if alpha is outside [0, 1]; on call, if shapes do not fit, labels are missing, or there are fewer
+            than ``least_images``.
     """
 
     supervised: ClassVar[bool] = False  # the loss reads labels, so it is an oracle and not a self-supervised method
     least_images: ClassVar[int] = 1
-    alpha: float = 0.5  # the balance; a schedule may change it between calls
+
+    def __init__(self, alpha: float = 0.5) -> None:
+        super().__init__()
+        check_range(0, 1, alpha=alpha)
+        self.alpha = alpha  # the balance; a schedule may change it between calls
 
     def forward(
         self, *views: Tensor, labels: Tensor | None = None, global_batch: GlobalBatch | None = None
@@ -71,15 +76,22 @@ class Loss(nn.Module):
         return None
 
 
+class TemperatureLoss(Loss):
+    """A loss whose similarities are divided by a temperature.
+
+    Raises:
+        ValueError: if alpha is outside [0, 1] or the temperature outside [1e-6, 1e6]; on call, as ``Loss``.
+    """
+
+    def __init__(self, *, alpha: float, temperature: float) -> None:
+        super().__init__(alpha)
+        check_positive(temperature=temperature)
+        self.temperature = temperature
+
+
 def balance(alpha: float, attract: Tensor, repel: Tensor) -> LossTerms:
     """total = 2 (alpha A + (1 - alpha) R) of scalars A and R."""
     return LossTerms(2 * (alpha * attract + (1 - alpha) * repel), attract, repel)
-
-
-def check_alpha(alpha: float | None) -> None:
-    """Raise ``ValueError`` unless ``alpha`` is a number in [0, 1]."""
-    if alpha is None or not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha}: the balance is a number in [0, 1]; alpha=0.5 is A + R")
 
 
 def check_range(least: float, greatest: float, **values: float) -> None:

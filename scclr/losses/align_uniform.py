@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive
+from scclr.losses import Anchors, Loss, LossTerms, balance, check_positive
 from scclr.losses.pairs import row_logsumexp
 
 
@@ -17,16 +17,15 @@ class AlignUniformLoss(Loss):
     so every process computes all of it.
 
     Raises:
-        ValueError: if alpha is outside [0, 1] or t outside [1e-6, 1e6]; on call, for a batch of one image.
+        ValueError: if alpha is outside [0, 1] or t outside [1e-6, 1e6]; on call, as ``Loss``.
     """
 
     least_images = 2
 
     def __init__(self, *, alpha: float, t: float) -> None:
-        super().__init__()
-        check_alpha(alpha)
+        super().__init__(alpha)
         check_positive(t=t)
-        self.alpha, self.t = alpha, t
+        self.t = t
 
     def terms(self, anchors: Anchors) -> LossTerms:
         attract = 2 - 2 * anchors.positives().mean()

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from scclr.losses import Anchors, LogSumExpForm, Loss, LossTerms, check_alpha, check_positive
+from scclr.losses import Anchors, LogSumExpForm, LossTerms, TemperatureLoss
 
 
-class BalancedLoss(Loss):
+class BalancedLoss(TemperatureLoss):
     """total = 2 (alpha A + (1 - alpha) R); alpha = 0.5 is NT-Xent exactly.
 
     This is the balance of Lee (TMLR 2025, arXiv 2510.10572), up to scale: ``lambda = (1 - alpha) / alpha`` weighs
@@ -24,8 +24,6 @@ class BalancedLoss(Loss):
     times tau / 2. So the forces on every anchor have the same sum as in NT-Xent, at every alpha.
 
     Args:
-        alpha: weight of attraction in [0, 1].
-        temperature: tau, from 1e-6 to 1e6.
         similarity: ``cosine`` takes unit rows; ``dot`` takes rows of any length, as an ablation.
         rescale: ``none`` or ``constant_force``.
 
@@ -34,9 +32,7 @@ class BalancedLoss(Loss):
     """
 
     def __init__(self, *, alpha: float, temperature: float, similarity: str = "cosine", rescale: str = "none") -> None:
-        super().__init__()
-        check_alpha(alpha)
-        check_positive(temperature=temperature)
+        super().__init__(alpha=alpha, temperature=temperature)
         if similarity not in ("cosine", "dot"):
             raise ValueError(f"similarity={similarity}: choose one of cosine, dot")
         if rescale not in ("none", "constant_force"):
@@ -46,7 +42,6 @@ class BalancedLoss(Loss):
                 f"similarity=dot has no minimum at alpha={alpha}: the loss falls to -inf as embeddings grow; "
                 "type alpha=0.5, or similarity=cosine"
             )
-        self.alpha, self.temperature = alpha, temperature
         self.similarity, self.rescale = similarity, rescale
 
     def logsumexp_form(self) -> LogSumExpForm | None:

@@ -4,11 +4,11 @@ from itertools import product
 
 import torch
 
-from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive
+from scclr.losses import Anchors, LossTerms, TemperatureLoss, balance
 from scclr.losses.pairs import row_logsumexp
 
 
-class InfoNCELoss(Loss):
+class InfoNCELoss(TemperatureLoss):
     """total = 2 (alpha A + (1 - alpha) R); alpha = 0.5 is the loss of van den Oord et al. (2018, eq. 4).
 
     A = mean -<z_v, z_w> / tau of one image;    R = mean log sum_k exp(<z_v, z_wk> / tau), where k are all images in w
@@ -16,16 +16,7 @@ class InfoNCELoss(Loss):
     Both are means over ordered pairs of views v and w. The denominator holds the positive and one view of each other
     image. So log(images) - total at alpha = 0.5 is a lower bound of the mutual information of two views, in nats. With
     the denominator of NT-Xent it is not a bound.
-
-    Raises:
-        ValueError: if alpha is outside [0, 1] or the temperature outside [1e-6, 1e6].
     """
-
-    def __init__(self, *, alpha: float, temperature: float) -> None:
-        super().__init__()
-        check_alpha(alpha)
-        check_positive(temperature=temperature)
-        self.alpha, self.temperature = alpha, temperature
 
     def terms(self, anchors: Anchors) -> LossTerms:
         repel = [

@@ -1,22 +1,17 @@
 """NT-Xent, the loss of SimCLR."""
 
-from scclr.losses import Anchors, LogSumExpForm, Loss, LossTerms, check_positive
+from scclr.losses import Anchors, LogSumExpForm, LossTerms, TemperatureLoss
 
 
-class NTXentLoss(Loss):
+class NTXentLoss(TemperatureLoss):
     """total = A + R: cross-entropy of picking the positive among the other N - 1 views (Chen et al. 2020, eq. 1).
 
     Its value and gradient equal those of ``BalancedLoss(alpha=0.5)``. With V > 2 views, A is a mean over V - 1
     positives.
-
-    Raises:
-        ValueError: if the temperature is outside [1e-6, 1e6].
     """
 
     def __init__(self, *, temperature: float) -> None:
-        super().__init__()
-        check_positive(temperature=temperature)
-        self.temperature = temperature
+        super().__init__(alpha=0.5, temperature=temperature)
 
     def logsumexp_form(self) -> LogSumExpForm:
         return LogSumExpForm(self.temperature, decoupled=False)

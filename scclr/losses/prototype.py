@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive
+from scclr.losses import Anchors, LossTerms, TemperatureLoss, balance
 
 
-class PrototypeLoss(Loss):
+class PrototypeLoss(TemperatureLoss):
     """total = 2 (alpha A + (1 - alpha) R), the supervised objective of Lee (TMLR 2025, arXiv 2510.10572).
 
     A = mean_i -<z_i, mu_y> / tau
@@ -21,21 +21,18 @@ class PrototypeLoss(Loss):
         repulsion: ``max`` or ``logsumexp``.
 
     Raises:
-        ValueError: if alpha is outside [0, 1] or the temperature outside [1e-6, 1e6], for fewer than two classes, or
-            for an unknown repulsion; on call, if labels are missing.
+        ValueError: as ``TemperatureLoss``, for fewer than two classes, or for an unknown repulsion.
     """
 
     supervised = True
 
     def __init__(self, *, alpha: float, temperature: float, repulsion: str, classes: int) -> None:
-        super().__init__()
-        check_alpha(alpha)
-        check_positive(temperature=temperature)
+        super().__init__(alpha=alpha, temperature=temperature)
         if repulsion not in ("max", "logsumexp"):
             raise ValueError(f"repulsion={repulsion}: choose one of max, logsumexp")
         if classes < 2:
             raise ValueError(f"classes={classes}: a supervised objective needs two or more")
-        self.alpha, self.temperature, self.repulsion, self.classes = alpha, temperature, repulsion, classes
+        self.repulsion, self.classes = repulsion, classes
 
     def terms(self, anchors: Anchors) -> LossTerms:
         keys, label = anchors.keys, anchors.label  # [VG, P], [VG]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive, check_range, pairs
+from scclr.losses import Anchors, Loss, LossTerms, balance, check_positive, check_range, pairs
 
 
 class SigmoidLoss(Loss):
@@ -24,11 +24,10 @@ class SigmoidLoss(Loss):
     """
 
     def __init__(self, *, alpha: float, scale: float, bias: float) -> None:
-        super().__init__()
-        check_alpha(alpha)
+        super().__init__(alpha)
         check_positive(scale=scale)
         check_range(-1e6, 1e6, bias=bias)
-        self.alpha, self.scale, self.bias = alpha, scale, bias
+        self.scale, self.bias = scale, bias
 
     def terms(self, anchors: Anchors) -> LossTerms:
         repel, tile = [], pairs.tile_of(anchors.z.device)

@@ -1,6 +1,6 @@
 """The spectral contrastive loss."""
 
-from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive
+from scclr.losses import Anchors, Loss, LossTerms, balance, check_positive
 
 
 class SpectralLoss(Loss):
@@ -11,16 +11,15 @@ class SpectralLoss(Loss):
     ``mu`` is the squared length of their embeddings f. Only second moments enter, so the time is O(N P^2).
 
     Raises:
-        ValueError: if alpha is outside [0, 1] or mu outside [1e-6, 1e6]; on call, for a batch of one image.
+        ValueError: if alpha is outside [0, 1] or mu outside [1e-6, 1e6]; on call, as ``Loss``.
     """
 
     least_images = 2
 
     def __init__(self, *, alpha: float, mu: float) -> None:
-        super().__init__()
-        check_alpha(alpha)
+        super().__init__(alpha)
         check_positive(mu=mu)
-        self.alpha, self.mu = alpha, mu
+        self.mu = mu
 
     def terms(self, anchors: Anchors) -> LossTerms:
         z, positives = anchors.z, anchors.positives()  # [VB, P], [V - 1, VB]

@@ -2,26 +2,17 @@
 
 import torch
 
-from scclr.losses import Anchors, Loss, LossTerms, balance, check_alpha, check_positive
+from scclr.losses import Anchors, LossTerms, TemperatureLoss, balance
 
 
-class SupConLoss(Loss):
+class SupConLoss(TemperatureLoss):
     """total = 2 (alpha A + (1 - alpha) R); alpha = 0.5 is L_out of Khosla et al. (2020, eq. 2).
 
     A = mean_i mean_{p in P(i)} -s_ip / tau, where P(i) are the other views with the anchor's label;
     R = mean_i log sum_{k != i} exp(s_ik / tau), as in NT-Xent.
-
-    Raises:
-        ValueError: if alpha is outside [0, 1] or the temperature outside [1e-6, 1e6]; on call, if labels are missing.
     """
 
     supervised = True
-
-    def __init__(self, *, alpha: float, temperature: float) -> None:
-        super().__init__()
-        check_alpha(alpha)
-        check_positive(temperature=temperature)
-        self.alpha, self.temperature = alpha, temperature
 
     def terms(self, anchors: Anchors) -> LossTerms:
         keys, label = anchors.keys, anchors.label  # [VG, P], [VG]

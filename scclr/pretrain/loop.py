@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from scclr.augment import Augment
 from scclr.config.errors import require
@@ -158,8 +157,9 @@ def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def without_synchronization(network: nn.Module) -> AbstractContextManager[Any]:
-    """Gradients of a backward pass stay in this process."""
-    return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
+    """Gradients of a backward pass stay in this process. ``torch.compile`` hands the attribute of a replica on."""
+    no_sync: Callable[[], AbstractContextManager[Any]] = getattr(network, "no_sync", nullcontext)
+    return no_sync()
 
 
 def precision_dtype(device: torch.device, precision: str) -> torch.dtype:

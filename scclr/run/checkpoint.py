@@ -13,10 +13,9 @@ import torch
 from scclr.config.errors import UserError, one_line, require
 from scclr.config.resolve import checkpoint_path
 from scclr.run import distributed
-from scclr.run.files import require_room, storage_error, write_atomic
+from scclr.run.files import GENERATIONS, require_room, storage_error, write_atomic
 from scclr.run.preemption import LEAVE, CheckpointSchedule
 
-GENERATIONS = ("last.pt", "previous.pt")
 FORMAT = 2  # of what a checkpoint holds; a run of another format cannot be resumed
 MARK = b"sha256:"
 COMMENT = len(MARK) + 64
@@ -148,9 +147,8 @@ def _newest_intact(directory: Path) -> dict[str, Any] | None:
             os.replace(path, directory / "damaged.pt")
             print(f"{one_line(error)}: set aside as damaged.pt", file=sys.stderr)
             continue
-        advice = "type overwrite=true to begin anew"
-        format_known = state.get("format") == FORMAT
-        require(format_known, f"{path}: another version of scclr left this run unfinished; {advice}")
+        message = f"{path}: another version of scclr left this run unfinished; type overwrite=true to begin anew"
+        require(state.get("format") == FORMAT, message)
         if damage is not None:
             print(f"going on from {path.name}, at step {state['step']}", file=sys.stderr)
         return state

@@ -11,7 +11,8 @@ from typing import IO, Any
 
 from scclr.config.errors import UserError, one_line, require
 
-FULL, READ_ONLY = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS,)
+GENERATIONS = ("last.pt", "previous.pt")  # the checkpoints of a run, newest first
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any], keep: Path | None = None) -> None:
@@ -100,7 +101,7 @@ def storage_error(error: OSError, path: Path | None = None) -> UserError | None:
     Args:
         path: what was written, for errors that do not name a file themselves.
     """
-    if error.errno not in (*FULL, *READ_ONLY):
+    if error.errno not in (*FULL, errno.EROFS):
         return None
     what = error.filename or path or "the disk"
     remedy = "free space" if error.errno in FULL else "make the disk writable"

@@ -7,8 +7,7 @@ import sys
 import tempfile
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -22,7 +21,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from scclr.config.errors import UserError, one_line
 from scclr.run.lock import HeldError
 from scclr.run.output import survive_closed_output
-from scclr.run.preemption import SIGNALS, SILENT, STOPPED, Stop, stop_process
+from scclr.run.preemption import SIGNALS, SILENT, STOPPED, Stop, blocked_signals, stop_process
+
+HELD = 3  # the exit code of a rank that raised ``HeldError``
 
 
 def launch(work: Callable[[Any], None], argument: Any, processes: int) -> None:
@@ -35,12 +36,13 @@ def launch(work: Callable[[Any], None], argument: Any, processes: int) -> None:
             traceback of an error that is no ``UserError`` was printed before.
         SystemExit, KeyboardInterrupt: a signal stopped them, after their checkpoint.
     """
-    start_resource_tracker()
-    variables = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes)), SILENT: "1"}
-    with tempfile.TemporaryDirectory() as folder:
+    with blocked_signals():  # a signal to the group would end multiprocessing's helper before the processes
+        resource_tracker.ensure_running()
+    threads = max(1, torch.get_num_threads() // processes)
+    with Stop(), tempfile.TemporaryDirectory() as folder:  # `Stop` also puts back the handlers that the agent replaces
+        logging.disable(logging.CRITICAL)  # the agent would print tables around our one line
         try:
-            with environment(**variables), _relayed_signals(), _no_logging():
-                elastic_launch(_agent(processes, folder), _rank)(work, argument, folder)
+            elastic_launch(_agent(processes, folder), _rank)(work, argument, folder, threads)
         except SignalException as stop:
             if stop.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from stop
@@ -50,6 +52,8 @@ def launch(work: Callable[[Any], None], argument: Any, processes: int) -> None:
             if failure.exitcode == STOPPED:
                 stop_process("a signal to one of its processes")
             raise _failure(rank, failure.exitcode, _report(folder, rank)) from error
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def _agent(processes: int, logs: str) -> LaunchConfig:
@@ -71,18 +75,21 @@ def _agent(processes: int, logs: str) -> LaunchConfig:
     )
 
 
-def _rank(work: Callable[[Any], None], argument: Any, folder: str) -> None:
+def _rank(work: Callable[[Any], None], argument: Any, folder: str, threads: int) -> None:
     """``work`` in one of the processes. The message of an error goes into a file, which the launching process reads."""
     survive_closed_output()
+    os.environ[SILENT] = "1"
+    torch.set_num_threads(threads)
     try:
         with Stop():
             work(argument)
     except Exception as error:
+        message = one_line(error)
         if not isinstance(error, UserError):
             traceback.print_exc()
-        message = f"{type(error).__name__}: {one_line(error)}"
+            message = f"{type(error).__name__}: {message}"
         _report(folder, int(os.environ["RANK"])).write_text(message, errors="backslashreplace")
-        sys.exit(1)
+        sys.exit(HELD if isinstance(error, HeldError) else 1)
 
 
 def _report(folder: str, rank: int) -> Path:
@@ -95,67 +102,5 @@ def _failure(rank: int, code: int, report: Path) -> UserError:
         return UserError(f"rank {rank} was killed by {signal.Signals(-code).name}; {advice}")
     if not report.exists():
         return UserError(f"rank {rank} exited with code {code}")
-    message = report.read_text()
-    kind, _, text = message.partition(": ")
-    if kind == HeldError.__name__:
-        return HeldError(f"rank {rank}: {text}")
-    return UserError(f"rank {rank}: {text if kind == UserError.__name__ else message}")
-
-
-@contextmanager
-def _relayed_signals() -> Iterator[None]:
-    """Let signals that the agent does not know stop it as SIGTERM does. All handlers are put back at the end."""
-    older = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        if older[number] != signal.SIG_IGN:
-            signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    try:
-        yield
-    finally:
-        for number, handler in older.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _no_logging() -> Iterator[None]:
-    """Keep the agent from printing tables around our one line."""
-    older = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(older)
-
-
-@contextmanager
-def blocked_signals() -> Iterator[None]:
-    """Let signals wait. A process that is started meanwhile gets none of them, until it unblocks them itself."""
-    older = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, older)
-
-
-def start_resource_tracker() -> None:
-    """Start the helper process of multiprocessing so that it outlives a signal to the whole process group.
-
-    By itself it ignores SIGTERM and SIGINT only, and tracebacks follow when it ends before the others.
-    """
-    with blocked_signals():
-        resource_tracker.ensure_running()
-
-
-@contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """Set variables in the environment, for the processes that are started meanwhile."""
-    older = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in older.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    kind = HeldError if code == HELD else UserError
+    return kind(f"rank {rank}: {report.read_text()}")

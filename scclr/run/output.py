@@ -17,8 +17,8 @@ def survive_closed_output() -> None:
 
 
 def _lasting(stream: TextIO | None, number: int) -> TextIO:
-    if stream is None or stream.closed:
-        _occupy(number)
+    if stream is None:  # closed from the start; the number would else be that of the next file opened
+        _discard(number)
         return open(os.devnull, "w")
     try:
         raw = _LastingFile(stream.fileno(), "w", closefd=False)
@@ -29,7 +29,7 @@ def _lasting(stream: TextIO | None, number: int) -> TextIO:
     try:
         stream.flush()
     except OSError:
-        raw.discard()
+        _discard(number)
     return _LastingText(
         raw if stream.write_through else io.BufferedWriter(raw),
         stream.encoding,
@@ -46,29 +46,20 @@ class _LastingText(io.TextIOWrapper):
 
 
 class _LastingFile(io.FileIO):
-    """A file whose descriptor becomes that of ``/dev/null`` when a write fails."""
-
     def write(self, data: Any, /) -> int:
         try:
             written = super().write(data)
         except OSError:
-            self.discard()
+            _discard(self.fileno())
             return len(data)
         return len(data) if written is None else written  # None: a pipe that does not wait is full, and this is lost
 
-    def discard(self) -> None:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self.fileno())
-        os.close(null)
 
-
-def _occupy(number: int) -> None:
-    """Open ``/dev/null`` under the number of a closed stream, which would else be that of the next file opened."""
-    try:
-        os.fstat(number)
-    except OSError:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, number)
+def _discard(number: int) -> None:
+    """Let the descriptor ``number`` lead to ``/dev/null``."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    if null == number:
         os.set_inheritable(number, True)
-        if null != number:
-            os.close(null)
+    else:
+        os.dup2(null, number)
+        os.close(null)

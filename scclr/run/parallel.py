@@ -3,24 +3,19 @@
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from multiprocessing import forkserver
+from contextlib import suppress
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
-import torch
-
-from scclr.run.launch import blocked_signals, environment, start_resource_tracker
 from scclr.run.machine import available_cores
 from scclr.run.output import survive_closed_output
-from scclr.run.preemption import SIGNALS, SILENT, STOPPED, Stop
+from scclr.run.preemption import SIGNALS, SILENT, Stop, blocked_signals
 
 P = TypeVar("P")
 POLL_SECONDS = 0.2  # how soon a signal to this process is passed on
-INTERRUPTED = 130  # the exit code after Ctrl-C
 
 
 def run_points(
@@ -29,7 +24,7 @@ def run_points(
     jobs: int,
     *,
     killed: Callable[[P, str], Any],
-    preload: Sequence[str] = (),
+    preload: Sequence[str],
 ) -> None:
     """Call ``work(point)`` for every point, each in a new process, at most ``jobs`` of them at the same time.
 
@@ -48,18 +43,16 @@ def run_points(
         SystemExit: with code 75, after a signal.
         KeyboardInterrupt: after SIGINT.
     """
-    jobs = max(1, min(jobs, len(points)))
-    threads = None if "OMP_NUM_THREADS" in os.environ else max(1, available_cores() // jobs)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // jobs)))
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
     waiting = list(points)
     running: dict[Any, tuple[Any, P]] = {}  # process and point, by the pipe that closes when the process ends
-    variables = nullcontext() if threads is None else environment(OMP_NUM_THREADS=str(threads))
-    with Stop() as stop, stop.deferred(), variables:
+    with Stop() as stop, stop.deferred():
         try:
             while (waiting or running) and stop.signal is None:
                 if waiting and len(running) < jobs:
                     point = waiting.pop(0)
-                    end, process = _start(work, point, threads)
+                    end, process = _start(work, point)
                     running[end] = process, point
                     continue
                 for end in wait(list(running), POLL_SECONDS):
@@ -71,40 +64,38 @@ def run_points(
             for process, _ in running.values():
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGTERM)
-            while running:
-                for end in wait(list(running)):
-                    running.pop(end)[0].join()
+            for end, (process, _) in running.items():
+                wait([end])
+                process.join()
         if stop.signal is not None:
             stop.leave()
-            raise SystemExit(STOPPED)
 
 
-def _start(work: Callable[[P], Any], point: P, threads: int | None) -> tuple[Any, Any]:
-    """Start a process; returns a pipe that closes when it ends, even if the server that forked it was killed."""
+def _start(work: Callable[[P], Any], point: P) -> tuple[Any, Any]:
+    """Start a process; returns a pipe that closes when it ends, even if the server that forked it was killed.
+
+    Signals wait while the server starts, so that one to the whole group does not end it: it would lose its processes.
+    multiprocessing's resource tracker starts first, because its start lets SIGINT and SIGTERM through again.
+    """
+    for helper in (resource_tracker, forkserver):
+        with blocked_signals():
+            helper.ensure_running()
     context = multiprocessing.get_context("forkserver")
-    start_resource_tracker()
-    with blocked_signals():  # so that a signal to the group does not end the server, which would lose its processes
-        forkserver.ensure_running()
     end, held = context.Pipe(duplex=False)
-    process = context.Process(target=_run_point, args=(work, point, threads, held))
+    process = context.Process(target=_run_point, args=(work, point, held))
     process.start()
     held.close()
     return end, process
 
 
-def _run_point(work: Callable[[P], Any], point: P, threads: int | None, held: Any) -> None:
+def _run_point(work: Callable[[P], Any], point: P, held: Any) -> None:
     """``work(point)`` in its process, which has inherited that signals wait. ``held`` stays open until it ends."""
     survive_closed_output()
     os.environ[SILENT] = "1"
-    if threads is not None:
-        torch.set_num_threads(threads)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    try:
-        with Stop():
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            work(point)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    with suppress(KeyboardInterrupt), Stop():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        work(point)
 
 
 def _stop_with_parent() -> None:

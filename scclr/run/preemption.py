@@ -88,6 +88,16 @@ def stop_process(cause: str) -> NoReturn:
     raise SystemExit(STOPPED)
 
 
+@contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Let signals wait. A process that is started meanwhile gets none of them, until it unblocks them itself."""
+    older = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, older)
+
+
 class CheckpointSchedule:
     """When to write a checkpoint: every so many steps or seconds, after the last step, and before a signal is obeyed.
 

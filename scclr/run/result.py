@@ -36,28 +36,21 @@ def summary(result: dict[str, Any], directory: Path, note: str) -> str:
     Args:
         note: what to type next.
     """
-    metrics = {name: value for name, value in result["metrics"].items() if not name.startswith("theory/")}
-    own = [name for name in metrics if not name.startswith("baseline/")]
-    columns = [name for name in own if name.endswith("top1")]
-    groups = [name.removeprefix(f"{columns[0]}/") for name in own if name.startswith(f"{columns[0]}/")] if own else []
-    lines = [""]
+    metrics, lines = result["metrics"], [""]
+    columns = [name for name in metrics if name.endswith("top1") and not name.startswith("baseline/")]
     if columns:
         lines.append(f"{'test accuracy, %':<18}" + "".join(f"{name:>20}" for name in columns))
+        groups = [name.removeprefix(columns[0]) for name in metrics if name.startswith(f"{columns[0]}/")]
         for prefix, title in TITLES.items():
-            lines.append(f"{title:<18}" + _percent(metrics, [prefix + name for name in columns]))
-            for group in groups:  # of a long tail: many, medium, few
-                lines.append(
-                    f"{f'  {group} images':<18}" + _percent(metrics, [f"{prefix}{name}/{group}" for name in columns])
-                )
+            for group in ("", *groups):  # all, and of a long tail: /many, /medium, /few
+                values = (metrics[f"{prefix}{name}{group}"] for name in columns)
+                label = f"  {group[1:]} images" if group else title
+                lines.append(f"{label:<18}" + "".join(f"{100 * value:>20.2f}" for value in values))
         lines.append("")
     seconds = {"pretraining" if name == "pretrain" else name: value for name, value in result["seconds"].items()}
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name != "total" and value > 0)
     lines += [f"run   {directory}", f"time  {seconds['total']:.0f} s: {spent}", f"next  {note}"]
     return "\n".join(lines)
-
-
-def _percent(metrics: dict[str, float], names: list[str]) -> str:
-    return "".join(f"{100 * metrics[name]:>20.2f}" for name in names)
 
 
 def hint(config: TrainConfig, directory: Path) -> str:

@@ -1,22 +1,21 @@
 """The points of a sweep: which of them are done, running, failed, stopped or missing, and how long they take."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import Timeout
-
 from scclr.config.errors import UserError, require
-from scclr.run.checkpoint import GENERATIONS, load
-from scclr.run.files import folder_error, read_json, remove_partials, write_json, write_text
+from scclr.run.files import GENERATIONS, folder_error, read_json, remove_partials, write_json, write_text
 from scclr.run.lock import file_lock, is_locked
 from scclr.run.result import read_result
 
 STATES = ("done", "running", "failed", "stopped", "missing")
 RECORD, LOCK = "sweep.json", ".sweep.lock"
 LOCK_SECONDS = 60  # another sweep holds the lock for some milliseconds
+DAMAGE = (UserError, OSError, KeyError, TypeError, ValueError)  # from reading what a run wrote
 
 
 class Point(NamedTuple):
@@ -40,9 +39,11 @@ class Point(NamedTuple):
     @property
     def seconds(self) -> float:
         """How long the run has taken, up to its end or its last checkpoint; 0 if that is not known."""
-        with suppress(UserError, OSError, KeyError, TypeError, ValueError):
+        with suppress(*DAMAGE):
             return float(read_result(self.directory)["seconds"]["total"])
-        with suppress(UserError, OSError, KeyError, TypeError, ValueError):
+        with suppress(*DAMAGE):
+            from scclr.run.checkpoint import load  # only a checkpoint needs torch, which takes seconds to import
+
             return float(load(self.directory)["seconds"])
         return 0.0
 
@@ -66,16 +67,13 @@ def remember(points: Sequence[Point]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             with file_lock(folder / LOCK, LOCK_SECONDS):
                 remove_partials(folder)
-                known = {point.directory.name: point.words for point in remembered(folder)}
-                write_json(folder / RECORD, {**known, **new})
-        except Timeout as error:
-            raise UserError(f"{folder / LOCK}: another process has held this lock for {LOCK_SECONDS} s") from error
+                write_json(folder / RECORD, {**remembered(folder), **new})
         except OSError as error:
             raise folder_error(error, folder) from error
 
 
-def remembered(folder: Path) -> list[Point]:
-    """The points in ``sweep.json`` of a folder of runs; none without that file.
+def remembered(folder: Path) -> dict[str, str]:
+    """What ``sweep.json`` of a folder of runs holds: the words of each point, by the name of its run folder.
 
     Raises:
         UserError: the file is damaged.
@@ -84,10 +82,10 @@ def remembered(folder: Path) -> list[Point]:
     try:
         known = read_json(path)
     except FileNotFoundError:
-        return []
+        return {}
     whole = all(isinstance(words, str) for words in known.values())
     require(whole, f"{path}: damaged (a point without its words); delete it and type the command again")
-    return [Point(folder / name, words) for name, words in known.items()]
+    return known
 
 
 def status(folder: Path) -> list[str]:
@@ -97,14 +95,14 @@ def status(folder: Path) -> list[str]:
         UserError: there are none, or a file about them is damaged.
     """
     swept = remembered(folder)
-    names = {point.directory for point in swept}
-    others = [Point(path.parent, "") for path in sorted(folder.glob("*/config.yaml")) if path.parent not in names]
-    points = swept + others
+    others = {path.parent.name: "" for path in sorted(folder.glob("*/config.yaml")) if path.parent.name not in swept}
+    points = [Point(folder / name, words) for name, words in {**swept, **others}.items()]
     require(len(points) > 0, f"{folder}: no runs; give a folder such as runs/default")
     for point in points:
         with suppress(FileNotFoundError):
             read_result(point.directory)
-    return [f"{folder}: {count(points)}", f"{_spent(points)} so far{_outlook(points, at_once=1)}", *listed(points)]
+    spent = clock(sum(point.seconds for point in points))
+    return [f"{folder}: {count(points)}", f"{spent} so far{_outlook(points, at_once=1)}", *listed(points)]
 
 
 def before(points: Sequence[Point], *, at_once: int) -> str:
@@ -146,12 +144,8 @@ def _outlook(points: Sequence[Point], *, at_once: int) -> str:
     if not finished:
         return "; no finished run beside them tells how long they take"
     each = sum(point.seconds for point in finished) / len(finished)
-    rounds = -(-rest // min(rest, at_once))
-    return f"; about {clock(each)} each and {clock(each * rounds)} for all, as in {len(finished)} finished runs"
-
-
-def _spent(points: Sequence[Point]) -> str:
-    return clock(sum(point.seconds for point in points))
+    total = each * math.ceil(rest / at_once)
+    return f"; about {clock(each)} each and {clock(total)} for all, as in {len(finished)} finished runs"
 
 
 def clock(seconds: float) -> str:

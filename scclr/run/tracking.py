@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -91,20 +90,18 @@ class RunLog(Log):
         rows = [row for row in read_rows(self.path) if row["step"] <= start and start > 0]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.wandb = _start_wandb(directory, config, name, group, settings, resumed=start > 0)
-        for row in rows:
-            values = {key: value for key, value in row.items() if key != "step"}
-            self.latest |= values
-            self._send(partial(_log, values, row["step"]))
         self.file: IO[str] = open(self.path, "a")  # noqa: SIM115
         self.bar: tqdm | None = None
         self.pictures: dict[str, Any] = {}
+        for row in rows:
+            self._note(row.pop("step"), row)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.end_progress()
         try:
             self.file.close()  # this fails on a full disk
         finally:
-            self._send(partial(_finish, 0 if kind is None else 1))
+            self._send(lambda run: run.finish(exit_code=0 if kind is None else 1))
 
     def _send(self, call: Callable[[Any], None]) -> None:
         """``call`` with the W&B run. If its service or server is gone, our run goes on without it."""
@@ -112,12 +109,15 @@ class RunLog(Log):
             if self.wandb is not None:
                 call(self.wandb)
         except Exception as error:  # W&B raises errors of many kinds
-            self._give_up(f"{type(error).__name__}: {one_line(error)}")
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            self.say(f"W&B stopped ({reason}): metrics.jsonl goes on; `wandb sync` uploads what it had")
+            self.wandb = None
+            threading.Thread(target=_teardown, daemon=True).start()  # so that the next run starts its service anew
 
-    def _give_up(self, reason: str) -> None:
-        self.say(f"W&B stopped ({reason}): metrics.jsonl goes on; `wandb sync` uploads what it had")
-        self.wandb = None
-        threading.Thread(target=_teardown, daemon=True).start()  # so that the next run starts its service anew
+    def _note(self, step: int, row: dict[str, float]) -> None:
+        self.latest |= row
+        self._send(lambda run: run.log(row | self.pictures, step=step))
+        self.pictures.clear()
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr)
@@ -140,9 +140,7 @@ class RunLog(Log):
         row = {f"pretrain/{key}": value for key, value in values.items()}
         self.file.write(json.dumps({"step": step, **row}) + "\n")
         self.file.flush()
-        self._send(partial(_log, row | self.pictures, step))
-        self.pictures.clear()
-        self.latest |= row
+        self._note(step, row)
         if self.bar is not None:
             self._show_progress(self.bar, step)
 
@@ -176,17 +174,9 @@ class RunLog(Log):
         self.pictures[name] = wandb.Image(str(path))
 
 
-def _log(values: Mapping[str, Any], step: int, run: Any) -> None:
-    run.log(dict(values), step=step)
-
-
 def _teardown() -> None:
     with suppress(Exception):
         wandb.teardown()
-
-
-def _finish(code: int, run: Any) -> None:
-    run.finish(exit_code=code)
 
 
 def _short(value: float) -> str:
@@ -194,13 +184,16 @@ def _short(value: float) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``. A last line that a crash cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The rows of a ``metrics.jsonl`` up to the first damaged line. A crash may have cut the last one short."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except ValueError:
             break
+        if not (isinstance(row, dict) and "step" in row):
+            break
+        rows.append(row)
     return rows
 
 

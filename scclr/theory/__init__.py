@@ -10,26 +10,9 @@ from scclr.theory.collapse import Collapse, collapse
 from scclr.theory.moments import Bias, prototype_bias
 from scclr.theory.objective import Objective, supervised_objective
 from scclr.theory.sample import Estimate, check_labels
-from scclr.theory.thresholds import (
-    augmentation_correlations,
-    class_threshold,
-    collapse_threshold,
-    misalignment_onset,
-)
+from scclr.theory.thresholds import augmentation_correlations, class_threshold, collapse_threshold, misalignment_onset
 
 __all__ = [
-    "Bias",
-    "Bound",
-    "Collapse",
-    "Estimate",
-    "Objective",
-    "augmentation_correlations",
-    "bound",
-    "check_labels",
-    "class_threshold",
-    "collapse",
-    "collapse_threshold",
-    "misalignment_onset",
-    "prototype_bias",
-    "supervised_objective",
-]
+    "Bias", "Bound", "Collapse", "Estimate", "Objective", "augmentation_correlations", "bound", "check_labels",
+    "class_threshold", "collapse", "collapse_threshold", "misalignment_onset", "prototype_bias", "supervised_objective",
+]  # fmt: skip

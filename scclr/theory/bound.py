@@ -34,11 +34,6 @@ from scclr.theory.pairs import JACKKNIFE_GROUPS, Tile, certified_mean, jackknife
 from scclr.theory.sample import Estimate, Sample
 
 GAPS = ("margin_gap", "logsumexp_gap", "prior_gap", "jensen_gap")
-# What ``_values_per_view`` computes, in this order.
-PER_VIEW = (
-    "repel", "repel_cosine", *GAPS, "repel_decoupled", "prior", "repel_excluded", "repel_certified", "repel_ntxent",
-    "q_same", "nscl_gap",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,36 +92,38 @@ def bound(
         raise ValueError(f"temperatures={list(temperatures)}: give one or more positive numbers")
     if not 0 <= lam < math.inf:
         raise ValueError(f"lam={lam}: give a weight of repulsion from 0; it is (1 - alpha) / alpha")
-    groups = 1 if population else JACKKNIFE_GROUPS
-    sample = Sample(z, labels, population=population, groups=groups, least_classes=2)
-    versions = [None] if population else [None, *range(sample.groups)]  # which group of images is left out
-    tau = torch.tensor(temperatures, dtype=torch.float64, device=z.device).view(-1, 1)
-    sums = z.new_zeros(len(versions), len(PER_VIEW), len(tau), dtype=torch.float64)
+    sample = Sample(z, labels, population=population, groups=JACKKNIFE_GROUPS, least_classes=2)
+    tau = torch.tensor(temperatures, dtype=torch.float64, device=z.device)
+    sums: list[dict[str, Tensor]] = [{} for _ in sample.versions]
     for tile in pair_sums(sample, temperatures):
-        for version, without in enumerate(versions):
-            values = _values_per_view(sample, tile, tau, without).mean(3)  # [len(PER_VIEW), T, b]
-            sums[version] += values[:, :, tile.group != without].sum(2) if without is not None else values.sum(2)
-    count, results = sample.sums.n.sum(1), []
-    for version, without in enumerate(versions):
-        images = sample.images - (0 if without is None else count[without])
-        means = dict(zip(PER_VIEW, sums[version] / images, strict=True))  # each [T]
-        results.append(_fields(sample, means, tau.squeeze(1), lam, without))
-    estimates: dict[str, list[Estimate]] = {}
+        for sum_of, without in zip(sums, sample.versions, strict=True):
+            kept = slice(None) if without is None else tile.group != without
+            for name, values in _values_per_view(sample, tile, tau.view(-1, 1, 1), without).items():
+                sum_of[name] = sum_of.get(name, 0) + values.mean(-1)[..., kept].sum(-1)
+    results = []
+    for sum_of, without in zip(sums, sample.versions, strict=True):
+        images = sample.without(without).n.sum()
+        means = {name: value / images for name, value in sum_of.items()}
+        results.append(_fields(sample, means, tau, lam, without))
+    found: dict[str, tuple[Tensor, Tensor]] = {}  # value and standard error, each [T]
     for name in results[0]:
-        values = torch.stack([result[name] for result in results])  # [1 + G, T]
-        corrected, error = jackknife(values, population=population)
-        estimates[name] = [Estimate(*pair) for pair in zip(values[0].tolist(), error.tolist(), strict=True)]
+        values = torch.stack([result[name].expand_as(tau) for result in results])  # [1 + G, T]
+        corrected, error = jackknife(values)
+        found[name] = values[0], error
         if name == "repel_decoupled":
-            pairs = zip(corrected.tolist(), error.tolist(), strict=True)
-            estimates["repel_jackknife"] = [Estimate(*pair) for pair in pairs]
+            found["repel_jackknife"] = corrected, error
     return [
-        Bound(temperature, lam, **{name: values[t] for name, values in estimates.items()})
+        Bound(temperature, lam, **{name: Estimate(x[t].item(), se[t].item()) for name, (x, se) in found.items()})
         for t, temperature in enumerate(temperatures)
     ]
 
 
-def _values_per_view(sample: Sample, tile: Tile, tau: Tensor, without: int | None) -> Tensor:
-    """PER_VIEW for every view of a tile, [len(PER_VIEW), T, b, M], with the group ``without`` left out."""
+def _values_per_view(sample: Sample, tile: Tile, t: Tensor, without: int | None) -> dict[str, Tensor]:
+    """What the bounds are means of: for every view of a tile, [T, b, M], with the group ``without`` left out.
+
+    Where a value does not depend on the temperature or the view, its T is left out or its M is 1. ``t`` is tau,
+    [T, 1, 1].
+    """
     count, total, *_ = sample.without(without)  # [C], [C, d]
     own, n, y, views = sample.own, count.sum(), tile.labels, sample.views
     zb, own_class = tile.z.mean(1, keepdim=True), F.one_hot(y, sample.classes).bool().unsqueeze(1)
@@ -137,10 +134,9 @@ def _values_per_view(sample: Sample, tile: Tile, tau: Tensor, without: int | Non
     cosine = (to_class / length).masked_fill(own_class, -math.inf).amax(2)
     repel = to_class.masked_fill(own_class, -math.inf).amax(2)
     to_every = torch.where(own_class, to_own.unsqueeze(2), to_class)
-    t = tau.view(-1, 1, 1)
     scaled = to_every / t.unsqueeze(3)  # [T, b, M, C]
     equal_shares, by_share = t * scaled.logsumexp(3), t * (scaled + share.log()).logsumexp(3)  # [T, b, M]
-    same, other = (sum_without(x, without, 1) for x in (tile.same, tile.other))
+    same, other = (sum_without(x, without) for x in (tile.same, tile.other))
     sums, shift = same + other, 1  # tau log exp(1 / tau): the sums are divided by exp(1 / tau)
     decoupled = t * (sums / (views * (n - own))).log() + shift
     prior = -t * share.amin(2).log()
@@ -151,17 +147,25 @@ def _values_per_view(sample: Sample, tile: Tile, tau: Tensor, without: int | Non
     if own:
         certified = t * certified_mean(sums, n, views, t)
         ntxent = t * ((sums + tile.positive) / (views * n - 1)).log() + shift
-    gaps = (
-        to_every.amax(2) - repel, equal_shares - to_every.amax(2), by_share + prior - equal_shares,
-        decoupled - by_share,
-    )  # fmt: skip
-    masses = same / sums, torch.log1p(same / other)
-    rows = (repel, cosine, *gaps, decoupled, prior, excluded, certified, ntxent, *masses)
-    return torch.stack([row.expand(len(tau), *repel.shape) for row in rows])
+    return {
+        "repel": repel,
+        "repel_cosine": cosine,
+        "margin_gap": to_every.amax(2) - repel,
+        "logsumexp_gap": equal_shares - to_every.amax(2),
+        "prior_gap": by_share + prior - equal_shares,
+        "jensen_gap": decoupled - by_share,
+        "repel_decoupled": decoupled,
+        "prior": prior,
+        "repel_excluded": excluded,
+        "repel_certified": certified,
+        "repel_ntxent": ntxent,
+        "q_same": same / sums,
+        "nscl_gap": torch.log1p(same / other),
+    }
 
 
 def _fields(sample: Sample, mean: dict[str, Tensor], tau: Tensor, lam: float, without: int | None) -> dict[str, Tensor]:
-    """The fields of ``Bound`` from the means of PER_VIEW, each [T]."""
+    """The fields of ``Bound``, each [T] or one number for all temperatures, from the means of ``_values_per_view``."""
     a, b_class, share, _ = sample.moments(without)
     count, total, *_ = sample.without(without)
     b = share @ b_class
@@ -175,8 +179,8 @@ def _fields(sample: Sample, mean: dict[str, Tensor], tau: Tensor, lam: float, wi
     unchanged = ("repel_decoupled", "repel_ntxent", "repel_certified", "prior", *GAPS, "q_same", "nscl_gap")
     return {name: mean[name] for name in unchanged} | {
         "supervised": supervised,
-        "attract": (-a).expand_as(tau),
-        "b2": (a - b).expand_as(tau),
+        "attract": -a,
+        "b2": a - b,
         "upper_bound": upper_bound,
         "slack": upper_bound - supervised,
         "class_excluded": class_excluded,

@@ -39,7 +39,7 @@ def collapse(z: Tensor, labels: Tensor, *, population: bool = False) -> Collapse
     sample = Sample(z, labels, population=population)
     count, total = sample.sums.n[0], sample.sums.total[0]
     second = torch.zeros(z.shape[2], z.shape[2], dtype=torch.float64, device=z.device)
-    for part, _ in sample.chunks():
+    for part, _, _ in sample.chunks():
         rows = part.flatten(0, 1)
         second += rows.T @ rows
     second = second / (sample.images * sample.views)  # E z z^T

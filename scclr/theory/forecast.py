@@ -59,6 +59,6 @@ def forecast_collapse(
         parts.append([by_image(x, len(part), FORECAST_VIEWS) for x in outputs])  # h and pixels, [b, 8, D]
     features = [torch.cat(rows) for rows in zip(*parts, strict=True)]
     scaled = [x / x.std((0, 1)).mean().clamp(min=torch.finfo(x.dtype).tiny) for x in features]
-    r_max = augmentation_correlations(*torch.cat(scaled, 2).unbind(1))[0].item()
-    onset = 0.0 if form.decoupled else misalignment_onset(batch, form.temperature)
+    r_max = augmentation_correlations(torch.cat(scaled, 2))[0].item()
+    onset = misalignment_onset(batch, form.temperature, decoupled=form.decoupled)
     return Forecast(r_max, collapse_threshold(r_max), onset)

@@ -14,7 +14,6 @@ unbiased at any M >= 2, whereas the plug-in value of B2 is too large by about V_
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +33,7 @@ class Bias:
     s_b: Estimate
     mean_norm2: Estimate  # |mu|^2; near 1, all embeddings are the same
     i_b: Estimate  # B2 / (B2 + S_B); NaN where mean_norm2 > 0.9
-    b1: Estimate  # E |mu_x - mu_y|, extrapolated from M and M / 2 views to infinitely many
-    b1_interval: tuple[float, float]  # B2 <= B1 <= sqrt(B2)
+    b1: Estimate  # E |mu_x - mu_y|, between B2 and sqrt(B2); extrapolated from M and M / 2 views to infinitely many
     by_class: list[Estimate]  # B2 of each class; NaN for a dropped one
     dropped: list[int]  # classes with one image
     images: int
@@ -44,7 +42,7 @@ class Bias:
 
 @torch.no_grad()
 def prototype_bias(z: Tensor, labels: Tensor, *, population: bool = False) -> Bias:
-    """The bias of z [n, M, d] with int64 labels [n], with standard errors; O(C d) memory beyond z.
+    """The bias of z [n, M, d] with int64 labels [n], with standard errors; O(n + C d) memory beyond z.
 
     A U-statistic has the standard error of the mean of its influence. Image i has the influence
     h_i = a_i - 2 <zb_i, (T_c - zb_i) / (n_c - 1)> + b_c on B2, where T_c is the sum of the n_c mean views zb of its
@@ -56,9 +54,10 @@ def prototype_bias(z: Tensor, labels: Tensor, *, population: bool = False) -> Bi
     sample = Sample(z, labels, population=population)
     a, b_class, share, g = sample.moments()
     b = share @ b_class
-    squares, by_class, b1_sum, b1_square = _deviations(sample)
     n, k = sample.images, sample.sums.n[0]
-    covariance = squares / (n * max(1, n - 1)) * sample.own
+    influences, b1 = influence(sample), _b1(sample)  # [n, 3], [n]
+    deviations = influences - torch.stack([a, b, g])
+    covariance = deviations.T @ deviations / (n * max(1, n - 1)) * sample.own
 
     def estimate(value: Tensor, *weights: float) -> Estimate:
         w = torch.tensor(weights, dtype=torch.float64, device=covariance.device)
@@ -68,67 +67,53 @@ def prototype_bias(z: Tensor, labels: Tensor, *, population: bool = False) -> Bi
     if not bool((g > COLLAPSED) | (a <= g)):
         gradient = (b - g) / (a - g) ** 2, -1 / (a - g), (a - b) / (a - g) ** 2  # of the ratio by a, b and g
         i_b = estimate((a - b) / (a - g), *(float(slope) for slope in gradient))
-    b1 = b1_sum / n
-    b1_error = ((b1_square / n - b1**2).clamp(min=0) / max(1, n - 1)).sqrt() * sample.own
-    b2_of_class = (sample.sums.pairs[0] / k - b_class).tolist()
-    variance_of_class = (by_class / (k * (k - 1).clamp(min=1))).tolist()
-    kept = iter(zip(b2_of_class, variance_of_class, strict=True))
-    classes = [next(kept) if keep else (math.nan, math.nan) for keep in sample.kept.tolist()]
-    bias = (a - b).item()
+    b1_error = (b1.var(correction=0) / max(1, n - 1)).sqrt() * sample.own
+    b2_class = sample.sums.pairs[0] / k - b_class  # [C]
+    within = influences[:, 0] - influences[:, 1] - b2_class[sample.labels]
+    squares = torch.zeros_like(b2_class).index_add_(0, sample.labels, within.square())
+    by_class = b.new_full((len(sample.kept), 2), math.nan)
+    by_class[sample.kept] = torch.stack([b2_class, (squares / (k * (k - 1).clamp(min=1))).sqrt() * sample.own], 1)
     return Bias(
         b2=estimate(a - b, 1, -1, 0),
         v_aug=estimate(1 - a, 1, 0, 0),
         s_b=estimate(b - g, 0, 1, -1),
         mean_norm2=estimate(g, 0, 0, 1),
         i_b=i_b,
-        b1=Estimate(b1.item(), b1_error.item()),
-        b1_interval=(bias, math.sqrt(max(0.0, bias))),
-        by_class=[Estimate(value, math.sqrt(variance) * sample.own) for value, variance in classes],
+        b1=Estimate(b1.mean().item(), b1_error.item()),
+        by_class=[Estimate(*pair) for pair in by_class.tolist()],
         dropped=sample.dropped,
         images=n,
         views=sample.views,
     )
 
 
-def influence(sample: Sample) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Part by part, each image's influence on a, b and g, [b, 3], its label and its z. The means are a, b and g."""
+def influence(sample: Sample) -> Tensor:
+    """The influence of each image on a, b and g, [n, 3]. Its means are a, b and g."""
     _, b, _, g = sample.moments()
     count, total = sample.sums.n[0], sample.sums.total[0]
-    for z, labels in sample.chunks():
+    parts = []
+    for z, labels, _ in sample.chunks():
         zb = z.mean(1)
         same_class = (total[labels] - sample.own * zb) / (count[labels] - sample.own).unsqueeze(1)
         any_class = (total.sum(0) - sample.own * zb) / (sample.images - sample.own)
         by_b, by_g = 2 * (zb * same_class).sum(1) - b[labels], 2 * (zb * any_class).sum(1) - g
-        yield torch.stack([sample.squared_mean(z), by_b, by_g], 1), labels, z
+        parts.append(torch.stack([sample.squared_mean(z), by_b, by_g], 1))
+    return torch.cat(parts)
 
 
-def _deviations(sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums over images: products of the deviations of the influences on a, b, g from their means, [3, 3]; squared
-    deviations of the influence on B2 within each class, [C]; the image's B1; and its square.
+def _b1(sample: Sample) -> Tensor:
+    """|mu_x - mu_y| of each image, [n].
 
-    B1 from M views is too large by O(1 / M). Twice this value minus the one from M / 2 views is by O(1 / M^2).
+    The value from M views is too large by O(1 / M). Twice this value minus the one from M / 2 views is by O(1 / M^2).
     """
-    a, b_class, share, g = sample.moments()
-    count, total, _, pairs = (s[0] for s in sample.sums)
-    centre = torch.stack([a, share @ b_class, g])
-    prototype, b2 = total / count.unsqueeze(1), pairs / count - b_class
-    half = sample.views // 2
-    sums = torch.zeros(9 + sample.classes + 2, dtype=torch.float64, device=total.device)
-    for values, labels, z in influence(sample):
-        centred = values - centre
-        within = values[:, 0] - values[:, 1] - b2[labels]
+    prototypes, half = sample.sums.total[0] / sample.sums.n[0].unsqueeze(1), sample.views // 2
+    parts = []
+    for z, labels, _ in sample.chunks():
+        to_class = z - prototypes[labels].unsqueeze(1)  # [b, M, d]
         if sample.own:
-            halves = (z[:, :half], z[:, half : 2 * half])
-            b1 = 2 * _distance(z[:, : 2 * half], prototype[labels])
-            b1 -= sum(_distance(part, prototype[labels]) for part in halves) / 2
+            halves = to_class[:, :half], to_class[:, half : 2 * half]
+            by_half = sum(x.mean(1).norm(dim=1) for x in halves) / 2
+            parts.append(2 * to_class[:, : 2 * half].mean(1).norm(dim=1) - by_half)
         else:
-            b1 = _distance(z, prototype[labels])
-        sums[:9] += (centred.T @ centred).flatten()
-        sums[9:-2].index_add_(0, labels, within.square())
-        sums[-2:] += torch.stack([b1.sum(), b1.square().sum()])
-    return sums[:9].view(3, 3), sums[9:-2], sums[-2], sums[-1]
-
-
-def _distance(z: Tensor, prototype: Tensor) -> Tensor:
-    """|mean view - prototype|, [b], of z [b, M, d] and prototypes [b, d]."""
-    return (z.mean(1) - prototype).norm(dim=1)
+            parts.append(to_class.mean(1).norm(dim=1))
+    return torch.cat(parts)

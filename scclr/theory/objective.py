@@ -37,16 +37,12 @@ def supervised_objective(z: Tensor, labels: Tensor, lam: float, *, population: b
     Raises:
         ValueError: as ``Sample``, or fewer than two classes.
     """
-    groups = 1 if population else JACKKNIFE_GROUPS
-    sample = Sample(z, labels, population=population, groups=groups, least_classes=2)
-    versions = [None] if population else [None, *range(sample.groups)]  # which group of images is left out
-    sums = z.new_zeros(len(versions), 2, dtype=torch.float64)
-    group_of = iter(sample.group.split([len(part) for _, part in sample.chunks()]))
-    for part, y in sample.chunks():
-        group = next(group_of)
+    sample = Sample(z, labels, population=population, groups=JACKKNIFE_GROUPS, least_classes=2)
+    sums = z.new_zeros(len(sample.versions), 2, dtype=torch.float64)
+    for part, y, group in sample.chunks():
         own_class = F.one_hot(y, sample.classes).bool().unsqueeze(1)  # [b, 1, C]
-        for version, without in enumerate(versions):
-            kept = torch.ones_like(group, dtype=torch.bool) if without is None else group != without
+        for version, without in enumerate(sample.versions):
+            kept = slice(None) if without is None else group != without
             z_kept, mask = part[kept], own_class[kept]
             upper = _to_prototypes(sample, z_kept, slice(None), without).masked_fill(mask, -torch.inf).amax(2)
             lower = upper
@@ -59,13 +55,13 @@ def supervised_objective(z: Tensor, labels: Tensor, lam: float, *, population: b
                 lower = chosen.squeeze(2) / 2
             sums[version] += torch.stack([upper.mean(1).sum(), lower.mean(1).sum()])
     rows = []
-    for version, without in enumerate(versions):
+    for version, without in enumerate(sample.versions):
         _, b, share, _ = sample.moments(without)
         repel = sums[version] / sample.without(without).n.sum()
         attract = -(share @ b).view(1)
         rows.append(torch.cat([attract, repel, attract + lam * repel]))
     values = torch.stack(rows)  # [1 + G, 5]
-    error = jackknife(values, population=population)[1]
+    _, error = jackknife(values)
     return Objective(lam, *(Estimate(*pair) for pair in zip(values[0].tolist(), error.tolist(), strict=True)))
 
 

@@ -70,11 +70,9 @@ def pair_sums(sample: Sample, temperatures: Sequence[float]) -> Iterator[Tile]:
         yield Tile(anchors, label, group, same.view(tile), other.view(tile), positive)
 
 
-def sum_without(x: Tensor, group: int | None, dim: int) -> Tensor:
-    """Sum over the groups in ``dim``, or over all but one. Adding up keeps small sums that a difference would lose."""
-    if group is None:
-        return x.sum(dim)
-    return x.narrow(dim, 0, group).sum(dim) + x.narrow(dim, group + 1, x.shape[dim] - group - 1).sum(dim)
+def sum_without(x: Tensor, group: int | None) -> Tensor:
+    """Sum of x [T, G, ...] over all groups, or over all but one. A difference would lose small sums to rounding."""
+    return x.sum(1) if group is None else x[:, :group].sum(1) + x[:, group + 1 :].sum(1)
 
 
 def certified_mean(total: Tensor, images: Tensor | int, views: int, temperature: Tensor | float) -> Tensor:
@@ -87,14 +85,14 @@ def certified_mean(total: Tensor, images: Tensor | int, views: int, temperature:
     return ((views + total) / (views * images)).log() + 1 / temperature
 
 
-def jackknife(values: Tensor, *, population: bool) -> tuple[Tensor, Tensor]:
+def jackknife(values: Tensor) -> tuple[Tensor, Tensor]:
     """(value without its bias of order 1 / n, standard error) from values [1 + G, ...]: of all, and without each group.
 
-    The standard error is NaN where it cannot be computed, and 0 for a population.
+    The standard error is NaN where it cannot be computed, and 0 for a population, which has no groups to leave out.
     """
     whole, parts = values[0], values[1:]
     groups = len(parts)
-    if population:
+    if groups == 0:
         return whole, torch.zeros_like(whole)
     error = ((groups - 1) / groups * (parts - parts.mean(0)).square().sum(0)).sqrt()
     return groups * whole - (groups - 1) * parts.mean(0), torch.where(error.isfinite(), error, torch.nan)

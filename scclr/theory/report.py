@@ -16,18 +16,14 @@ from scclr.config.errors import UserError, one_line
 from scclr.config.schema import TheoryConfig
 from scclr.datasets import ImageSet
 from scclr.encoders.model import Model
+from scclr.losses import LogSumExpForm
 from scclr.theory.bound import bound
 from scclr.theory.collapse import collapse
 from scclr.theory.embed import embed
 from scclr.theory.moments import prototype_bias
 from scclr.theory.objective import supervised_objective
 from scclr.theory.sample import Sample, check_labels
-from scclr.theory.thresholds import (
-    augmentation_correlations,
-    class_threshold,
-    collapse_threshold,
-    misalignment_onset,
-)
+from scclr.theory.thresholds import augmentation_correlations, class_threshold, collapse_threshold, misalignment_onset
 
 BIAS_ROWS = {  # a field of ``Bias``, and its row in the table
     "b2": "squared bias B2 = E|mu_x - mu_y|^2",
@@ -71,6 +67,7 @@ def measure(
     *,
     alpha: float,
     temperature: float | None,
+    form: LogSumExpForm | None,
     images: int,
     batch: int,
     seed: int,
@@ -81,6 +78,7 @@ def measure(
         data: labelled images, of which ``config.images`` are drawn.
         alpha: the balance at the end of the training; lam is 1 for alpha = 0, where it would be infinite.
         temperature: the training's, which is added to ``config.temperatures``; None if the loss has none.
+        form: of the training's loss; alpha_c and alpha_mis are None without it.
         images: number of images in a training step.
         batch: number of images in a forward pass.
 
@@ -93,7 +91,8 @@ def measure(
     try:
         check_labels(chosen.labels)
         h, z = embed(model.eval(), chosen, augment, config.views, batch, seed=seed)
-        return describe(h, z, chosen.labels, sorted(temperatures), alpha=alpha, temperature=temperature, images=images)
+        found = describe(h, z, chosen.labels, sorted(temperatures), alpha=alpha, form=form, images=images)
+        return {**found, "temperature": temperature}
     except ValueError as error:
         raise UserError(f"theory: {one_line(error)}") from error
     finally:
@@ -107,7 +106,7 @@ def describe(
     temperatures: list[float],
     *,
     alpha: float,
-    temperature: float | None,
+    form: LogSumExpForm | None,
     images: int,
 ) -> dict[str, Any]:
     """All numbers of the theory of h [n, M, D], z [n, M, P] and int64 labels [n]; see ``measure``.
@@ -118,15 +117,14 @@ def describe(
     lam = (1 - alpha) / alpha if alpha > 0 else 1.0
     bias = prototype_bias(z, labels)
     classes = len(labels.unique()) - len(bias.dropped)
-    r = augmentation_correlations(*h.unbind(1))
-    within = augmentation_correlations(*h.unbind(1), labels=labels)
-    found = {
+    r = augmentation_correlations(h)
+    within = augmentation_correlations(h, labels)
+    found: dict[str, Any] = {
         "images": bias.images,
         "views": bias.views,
         "dropped": bias.dropped,
         "alpha": alpha,
         "lam": lam,
-        "temperature": temperature,
         "identity_error": identity_error(z, labels),
         "z": {"bias": asdict(bias), "collapse": asdict(collapse(z, labels))},
         "h": {"bias": asdict(prototype_bias(h, labels)), "collapse": asdict(collapse(h, labels))},
@@ -136,10 +134,15 @@ def describe(
             "correlations": r.tolist(),
             "instance_correlations": within.tolist(),
             "alpha_col": collapse_threshold(r[0].item()),
-            "alpha_c": None if temperature is None else class_threshold(classes, temperature, within[0].item()),
-            "alpha_mis": None if temperature is None else misalignment_onset(images, temperature),
+            "alpha_c": None,
+            "alpha_mis": None,
         },
     }
+    if form is not None:
+        found["thresholds"] |= {
+            "alpha_c": class_threshold(classes, form.temperature, within[0].item()),
+            "alpha_mis": misalignment_onset(images, form.temperature, decoupled=form.decoupled),
+        }
     return {key: plain(value) for key, value in found.items()}
 
 
@@ -147,7 +150,7 @@ def identity_error(z: Tensor, labels: Tensor) -> float:
     """|A_sup - A_ssl - B2| of the rows as a population, where B2 is a mean of squared distances: rounding error."""
     sample = Sample(z, labels, population=True)
     moments, prototypes = sample.moments(), sample.sums.total[0] / sample.sums.n[0].unsqueeze(1)
-    distances = [(part.mean(1) - prototypes[y]).square().sum() for part, y in sample.chunks()]
+    distances = [(part.mean(1) - prototypes[y]).square().sum() for part, y, _ in sample.chunks()]
     return abs((moments.a - moments.share @ moments.b - torch.stack(distances).sum() / sample.images).item())
 
 
@@ -193,11 +196,12 @@ def table(theory: dict[str, Any]) -> str:
         f"(largest correlation between views: {edges['correlations'][0]:.3f})",
     ]
     if edges["alpha_c"] is not None:
-        lines += [
+        lines.append(
             f"above alpha = {edges['alpha_c']:.3f} well-separated classes keep out features within classes "
-            f"(largest correlation: {edges['instance_correlations'][0]:.3f})",
-            f"below alpha = {edges['alpha_mis']:.3f} the best embedding separates positives",
-        ]
+            f"(largest correlation: {edges['instance_correlations'][0]:.3f})"
+        )
+    if edges["alpha_mis"]:  # 0 if positives coincide at every alpha
+        lines.append(f"below alpha = {edges['alpha_mis']:.3f} the best embedding separates positives")
     if theory["dropped"]:
         lines.append(f"left out, because they have one image: classes {', '.join(map(str, theory['dropped']))}")
     return "\n".join(lines)

@@ -48,7 +48,7 @@ class Sample:
         z: [n, M, d], unit rows of any float dtype. Sums are in float64.
         labels: int64 [n].
         population: take the rows as the whole population, each image with probability 1 / n, not as a sample of it.
-        groups: into how many groups the images are divided, evenly within each class.
+        groups: into how many groups a sample is divided, evenly within each class.
         least_classes: how many classes have to be left.
 
     Raises:
@@ -74,14 +74,17 @@ class Sample:
             z, labels = z[rows], labels[rows]
         self.z, self.labels = z, (self.kept.cumsum(0) - 1)[labels]
         self.images, self.classes = len(z), int(self.kept.sum())
-        self.groups = max(1, min(groups, self.images - self.images % 2))  # 1 or even: cross-splits take half of them
+        groups = 1 if population else max(1, min(groups, self.images - self.images % 2))  # even: cross-splits take half
+        self.groups = groups
+        self.versions = [None] if groups == 1 else [None, *range(groups)]  # which group an estimate leaves out
         self.group = self.labels.argsort(stable=True).argsort() % self.groups  # dealt in turn, in the order of classes
         self.sums = self._sums()
 
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(z in float64 [b, M, d], labels [b]), part by part."""
-        for z, labels in zip(self.z.split(IMAGES_AT_ONCE), self.labels.split(IMAGES_AT_ONCE), strict=True):
-            yield z.double(), labels
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(z in float64 [b, M, d], labels [b], groups [b]), part by part."""
+        parts = (x.split(IMAGES_AT_ONCE) for x in (self.z, self.labels, self.group))
+        for z, labels, group in zip(*parts, strict=True):
+            yield z.double(), labels, group
 
     def squared_mean(self, z: Tensor) -> Tensor:
         """a_i [b] of z [b, M, d]: the mean product of two views of an image; of two different ones in a sample."""
@@ -91,7 +94,7 @@ class Sample:
     def _sums(self) -> Sums:
         cells, d = self.groups * self.classes, self.z.shape[2]
         sums = torch.zeros(cells, d + 3, dtype=torch.float64, device=self.z.device)
-        for (z, labels), group in zip(self.chunks(), self.group.split(IMAGES_AT_ONCE), strict=True):
+        for z, labels, group in self.chunks():
             zb = z.mean(1)  # [b, d]
             columns = [torch.ones_like(zb[:, :1]), zb.square().sum(1, True), self.squared_mean(z).unsqueeze(1), zb]
             sums.index_add_(0, group * self.classes + labels, torch.cat(columns, 1))
@@ -138,13 +141,10 @@ def _count_classes(labels: Tensor, *, least_images: int, least_classes: int) -> 
 
 def _check_rows(z: Tensor) -> None:
     """Raise ``ValueError`` unless all rows of z are finite and of unit length."""
-    found = torch.zeros(2, dtype=torch.int64, device=z.device)
-    for part in z.split(IMAGES_AT_ONCE):
-        length = part.double().square().sum(2)
-        finite = length.isfinite()
-        found += torch.stack([(~finite).sum(), (finite & ((length - 1).abs() > UNIT_TOLERANCE)).sum()])
-    not_finite, not_unit = found.tolist()
+    length2 = torch.cat([part.double().square().sum(2) for part in z.split(IMAGES_AT_ONCE)])  # [n, M]
+    not_finite = int(length2.isfinite().logical_not().sum())
     if not_finite:
         raise ValueError(f"{not_finite} rows of z are not finite")
+    not_unit = int(((length2 - 1).abs() > UNIT_TOLERANCE).sum())
     if not_unit:
         raise ValueError(f"{not_unit} rows of z are not of unit length: divide every row by its norm")

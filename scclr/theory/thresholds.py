@@ -20,11 +20,11 @@ from scclr.theory.sample import LEAST_IMAGES
 
 @torch.no_grad()
 def augmentation_correlations(
-    *views: Tensor, labels: Tensor | None = None, ridge: float = 1e-4, components: int = 128
+    h: Tensor, labels: Tensor | None = None, *, ridge: float = 1e-4, components: int = 128
 ) -> Tensor:
-    """Canonical correlations between views of the same images, in descending order, float64 [min(D, components)].
+    """Canonical correlations between the views of h [N, M, D], in descending order, float64 [min(D, components)].
 
-    These are the stationary values over v of Corr(<v, h1>, <v, h2>), where h1 and h2 are two of the views [N, D]:
+    These are the stationary values over v of Corr(<v, h1>, <v, h2>), where h1 and h2 are two views of an image:
     eigenvalues of the covariance between different views relative to the covariance within views. The latter gets
     ``ridge`` times its mean eigenvalue, and both are restricted to the leading principal components.
 
@@ -36,15 +36,11 @@ def augmentation_correlations(
         labels: int64 [N]; if given, class means are subtracted first, which leaves the features within classes.
 
     Raises:
-        ValueError: fewer than two views or four images, views of different shapes, or values that are not finite.
+        ValueError: h is not [N, M, D] with four images and two views or more, or has values that are not finite.
     """
-    shapes = {tuple(view.shape) for view in views}
-    if len(views) < 2 or len(shapes) > 1 or views[0].ndim != 2 or len(views[0]) < LEAST_IMAGES:
-        raise ValueError(
-            f"views are {[list(view.shape) for view in views]}: give two or more [N, D] of {LEAST_IMAGES} images "
-            "or more"
-        )
-    h = torch.stack(views, 1).double()  # [N, M, D]
+    if h.ndim != 3 or h.shape[1] < 2 or len(h) < LEAST_IMAGES:
+        raise ValueError(f"h is {list(h.shape)}: give [N, M, D] with {LEAST_IMAGES} images and 2 views or more")
+    h = h.double()
     if not bool(h.isfinite().all()):
         raise ValueError("features are not finite")
     if labels is not None:
@@ -97,17 +93,19 @@ def class_threshold(classes: int, temperature: float, r: float) -> float:
     return min(1.0, max(0.0, hardness / (hardness + 1 - r))) if hardness + 1 - r > 0 else 1.0
 
 
-def misalignment_onset(images: int, temperature: float) -> float:
+def misalignment_onset(images: int, temperature: float, *, decoupled: bool = False) -> float:
     """alpha_mis: below it the best embedding of a batch of ``images`` with two views each separates positives.
 
     alpha_mis = 1 / (1 + l), l = D / ((D + 1) p - 1), D = 2 N - 2, p = e^(1/tau) / (e^(1/tau) + D e^(-2 / (D tau))).
-    It is 0 if positives coincide at every alpha. This is NT-Xent's; the decoupled loss has no such onset.
+    It is 0 if positives coincide at every alpha, as they do with the decoupled loss.
 
     Raises:
         ValueError: fewer than two images.
     """
     if images < 2:
         raise ValueError(f"images={images}: a batch has two or more")
+    if decoupled:
+        return 0.0
     d = 2 * images - 2
     p = 1 / (1 + d * math.exp(-(1 + 2 / d) / temperature))
     excess = (d + 1) * p - 1

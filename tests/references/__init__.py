@@ -28,13 +28,16 @@ def log_sum_exp(logits: list[Tensor]) -> Tensor:
 
 
 def pairwise(
-    views: list[Tensor], temperature: float, positive: Callable[..., bool], negative: Callable[..., bool]
+    views: list[Tensor], temperature: float, positive: Callable[[int, int], bool], negative: Callable[[int, int], bool]
 ) -> Terms:
-    """Attraction to the mean of the rows k with ``positive(i, k)``, and repulsion from the log-sum-exp of the rows with
-    ``negative(i, k)``, as means over rows i."""
-    rows, _ = rows_and_images(views)
+    """Attraction of each row to the mean of its positives, and repulsion from the log-sum-exp of its negatives.
+
+    ``positive(i, k)`` and ``negative(i, k)`` say whether a row of image k is one of a row of image i.
+    """
+    rows, image = rows_and_images(views)
     attract, repel = [], []
-    for i, z in enumerate(rows):
-        attract.append(-mean([z @ other / temperature for k, other in enumerate(rows) if positive(i, k)]))
-        repel.append(log_sum_exp([z @ other / temperature for k, other in enumerate(rows) if negative(i, k)]))
+    for a, z in enumerate(rows):
+        logits = [(image[b], z @ other / temperature) for b, other in enumerate(rows) if b != a]
+        attract.append(-mean([logit for k, logit in logits if positive(image[a], k)]))
+        repel.append(log_sum_exp([logit for k, logit in logits if negative(image[a], k)]))
     return mean(attract), mean(repel)
