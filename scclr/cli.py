@@ -188,6 +188,8 @@ def run_sweep(command: "CommandLine", planned: "Plan", prepared: list[Prepared])
     if rest:
         remember(points)
     if not planned.runs_here and rest:
+        if planned.launcher == "submitit_local":  # all points share the cores of this machine
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // at_once)))
         run_hydra(command)
     elif at_once == 1:
         for one in rest:
