@@ -204,7 +204,7 @@ def test_an_error_of_one_rank_is_one_line(action: str, folder: Path, full: bool)
         err = err.splitlines(keepends=True)[-1]
     assert err == ERRORS[action]
     assert list((folder / "tmp").iterdir()) == [], "nothing is left of the agent"
-    assert all(ended(pid(folder, rank)) for rank in "01")
+    assert all(ended(pid(folder, path.stem)) for path in folder.glob("*.pid"))  # a rank may end before its work begins
 
 
 def test_nohup_keeps_the_processes(folder: Path, full: bool) -> None:
