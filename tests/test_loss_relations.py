@@ -3,11 +3,14 @@
 import itertools
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from loss_helpers import LABELS, alphas, close, few, gradient, seeds, temperatures, unit_views
+from references import nscl as luthra
+from torch import Tensor
 
 from scclr.losses.align_uniform import AlignUniformLoss
 from scclr.losses.balanced import BalancedLoss
@@ -18,6 +21,7 @@ from scclr.losses.nscl import NSCLLoss
 from scclr.losses.ntxent import NTXentLoss
 from scclr.losses.pairs import row_logsumexp
 from scclr.losses.prototype import PrototypeLoss
+from scclr.losses.spectral import SpectralLoss
 from scclr.losses.supcon import SupConLoss
 
 
@@ -32,6 +36,76 @@ def test_decoupled_loss_exceeds_nscl_by_the_mass_on_the_own_class(alpha, tempera
     arguments = {"alpha": alpha, "temperature": temperature}
     gap = DecoupledLoss(**arguments)(*views).total - NSCLLoss(**arguments)(*views, labels=LABELS).total
     close(gap, 2 * (1 - alpha) * -torch.log1p(-mass).mean())
+
+
+@few
+@given(temperature=temperatures, seed=seeds, count=st.integers(2, 3))
+def test_nscl_contains_the_equation_and_the_code_of_its_authors(temperature, seed, count):
+    views = unit_views(seed, count=count)
+    tau = {"temperature": temperature}
+    pairs = NSCLLoss(alpha=(count - 1) / (2 * count - 1), **tau)
+    factor = (2 * count - 1) / (2 * count)
+    equation = luthra.equation(views, LABELS, temperature)
+    close(equation, factor * pairs(*views, labels=LABELS).total - 1 / (count * temperature))
+    found = gradient(lambda *v: factor * pairs(*v, labels=LABELS).total, views)
+    close(found, gradient(lambda *v: luthra.equation(list(v), LABELS, temperature), views), 1e-11)
+    if count == 2:
+        code = NSCLLoss(alpha=0.5, **tau, positive_in_denominator=True)
+        close(code(*views, labels=LABELS).total, luthra.code(views, LABELS, temperature))
+        found = gradient(lambda *v: code(*v, labels=LABELS).total, views)
+        close(found, gradient(lambda *v: luthra.code(list(v), LABELS, temperature), views), 1e-11)
+
+
+@pytest.mark.parametrize(("temperature", "gap", "of_equal_classes", "bound"), [(1.0, 3.77, 2.13, 4.21)])
+def test_the_gap_to_nscl_is_bounded_by_the_largest_class(temperature, gap, of_equal_classes, bound):
+    """Two classes of 18 and 2 images, each at one point, opposite to each other."""
+    labels = torch.tensor([0] * 18 + [1] * 2)
+    points = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)[labels]
+    arguments = {"alpha": 0.5, "temperature": temperature}
+    found = (
+        DecoupledLoss(**arguments)(points, points).total - NSCLLoss(**arguments)(points, points, labels=labels).total
+    )
+    assert found == pytest.approx(gap, abs=5e-3)
+    assert math.log(1 + math.exp(2 / temperature) / 1) == pytest.approx(of_equal_classes, abs=5e-3)
+    assert math.log(1 + 18 * math.exp(2 / temperature) / 2) == pytest.approx(bound, abs=5e-3)
+    assert found < math.log(1 + 18 * math.exp(2 / temperature) / 2)
+
+
+@few
+@given(temperature=temperatures, seed=seeds)
+def test_factors_to_well_known_implementations(temperature, seed):
+    """What the docstrings say of google-research/simclr, the authors of the decoupled loss, CLIP and SupContrast."""
+    one, other = views = unit_views(seed)
+    s = [[a @ b.T / temperature for b in views] for a in views]
+    own, apart = torch.arange(5), torch.eye(5, dtype=torch.float64) * -1e9
+
+    def simclr(v: int, w: int) -> Tensor:
+        return F.cross_entropy(torch.cat([s[v][w], s[v][v] + apart], 1), own)
+
+    def decoupled(v: int, w: int) -> Tensor:
+        return (torch.cat([s[v][v] + apart, s[v][w] + apart], 1).logsumexp(1) - s[v][w].diagonal()).mean()
+
+    arguments = {"alpha": 0.5, "temperature": temperature}
+    close(simclr(0, 1) + simclr(1, 0), 2 * NTXentLoss(temperature=temperature)(one, other).total)
+    close(decoupled(0, 1) + decoupled(1, 0), 2 * DecoupledLoss(**arguments)(one, other).total)
+    clip = (F.cross_entropy(s[0][1], own) + F.cross_entropy(s[1][0], own)) / 2
+    close(clip, InfoNCELoss(**arguments)(one, other).total)
+    z, label = torch.cat(views), LABELS.repeat(2)
+    log_p = (z @ z.T / temperature).fill_diagonal_(-math.inf).log_softmax(1).fill_diagonal_(0)
+    positive = (label.unsqueeze(0) == label.unsqueeze(1)).double().fill_diagonal_(0)
+    supcon = -(temperature / 0.07) * ((positive * log_p).sum(1) / positive.sum(1)).mean()
+    close(supcon, temperature / 0.07 * SupConLoss(**arguments)(one, other, labels=LABELS).total)
+
+
+@few
+@given(mu=st.sampled_from([0.5, 1.0, 3.0]), seed=seeds)
+def test_the_official_spectral_loss_has_negatives_in_the_other_view_only(mu, seed):
+    one, other = (math.sqrt(mu) * view for view in unit_views(seed))
+    off = ~torch.eye(5, dtype=torch.bool)
+    across, within = (one @ other.T)[off].square().mean(), [(z @ z.T)[off].square().mean() for z in (one, other)]
+    official = (-2 * (one * other).sum(1).mean() + across) / mu
+    found = SpectralLoss(alpha=0.5, mu=mu)(*unit_views(seed)).total
+    close(found / mu, official - across / mu + (across + sum(within) / 2) / (2 * mu))
 
 
 @few

@@ -288,6 +288,14 @@ def test_the_form_of_the_repulsion_is_that_of_the_loss(case):
         close(loss(*views, labels=LABELS).repel, (z @ z.T / form.temperature)[~own].view(10, -1).logsumexp(1).mean())
 
 
+def test_thresholds_are_known_of_three_losses():
+    assert {case.name for case in CASES if case.loss().logsumexp_form() is not None} == {
+        "balanced",
+        "decoupled",
+        "ntxent",
+    }
+
+
 @every_loss
 def test_arguments_out_of_range_are_refused(case):
     """A float refuses NaN, infinity and absurd numbers, a choice unknown words, and a count negative numbers."""

@@ -27,6 +27,20 @@ def test_alignment_and_uniformity() -> None:
     pairs = [math.exp(-2 * ((a[i] - a[j]) ** 2).sum().item()) for i in range(9) for j in range(9) if i != j]
     assert math.isclose(metrics.uniformity(a).item(), math.log(sum(pairs) / len(pairs)))
     assert metrics.uniformity(a[:1].repeat(5, 1)).item() == 0
+    assert math.isclose(
+        metrics.uniformity(a, b).item(), (metrics.uniformity(a).item() + metrics.uniformity(b).item()) / 2
+    )
+
+
+@pytest.mark.parametrize(("images", "pooled"), [(32, 0.50), (256, 0.08)])
+def test_the_logged_uniformity_is_that_of_each_view(images: int, pooled: float) -> None:
+    """Pairs of both views together contain positives, which raise it. It equals the loss of Wang & Isola at t = 2."""
+    z = unit(images, 32)
+    views = torch.stack([z, z])
+    found = metrics.embedding_metrics(BalancedLoss(alpha=0.5, temperature=0.5), views, torch.arange(images) % 2)
+    wang_isola = AlignUniformLoss(alpha=0.5, t=2.0)(*views).repel.item()
+    assert found["uniformity"] == pytest.approx(wang_isola, abs=1e-12)
+    assert metrics.uniformity(views.flatten(0, 1)).item() - wang_isola == pytest.approx(pooled, abs=0.2 * pooled)
 
 
 def test_effective_rank() -> None:

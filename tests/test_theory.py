@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scclr import theory
+from scclr.losses import LogSumExpForm
 from scclr.losses.balanced import BalancedLoss
 from scclr.pretrain.metrics import admission_threshold
 from scclr.theory.bound import GAPS
 from scclr.theory.moments import influence
 from scclr.theory.pairs import certified_mean, jackknife
 from scclr.theory.sample import Sample
+from scclr.theory.thresholds import edges
 
 
 def blobs(classes: int, images: int, views: int, d: int, seed: int = 0, noise: float = 0.7) -> tuple[Tensor, Tensor]:
@@ -132,8 +134,7 @@ def test_the_estimates_are_unbiased_and_their_standard_errors_correct(views: int
     for name in ("b2", "v_aug", "s_b", "mean_norm2"):
         mean = torch.tensor([getattr(one, name).value for one in found], dtype=torch.float64)
         standard_error = mean.std().item() / len(mean) ** 0.5
-        if name != "s_b":  # it takes the class shares of the sample, which gives a bias of O(1 / n)
-            assert abs(mean.mean().item() - getattr(truth, name).value) < 3 * standard_error, name
+        assert abs(mean.mean().item() - getattr(truth, name).value) < 3 * standard_error, name
         claimed = sum(getattr(one, name).se ** 2 for one in found) / len(found)
         assert 0.8 < claimed**0.5 / mean.std().item() < 1.2, name
     plug_in = [theory.prototype_bias(*draw(z, labels, 120, views, seed), population=True).b2.value for seed in range(9)]
@@ -141,6 +142,23 @@ def test_the_estimates_are_unbiased_and_their_standard_errors_correct(views: int
     b1 = torch.tensor([one.b1.value for one in found])
     if views == 8:
         assert abs(b1.mean().item() - truth.b1.value) < 0.01
+
+
+def test_shares_that_are_fixed_move_the_variance_between_classes_by_a_known_bias() -> None:
+    """S_B is too large and |mu|^2 too small, by S_B / (n - 1). All draws of two images of each class are enumerated."""
+    z, labels = blobs(3, 3, 1, 2)
+    members = [z[labels == c][:3] for c in range(3)]  # three equally probable images of each class
+    truth = theory.prototype_bias(torch.cat(members), torch.arange(3).repeat_interleave(3), population=True)
+    index = [list(images) for images in itertools.product(range(3), repeat=2)]
+    found = []
+    for chosen in itertools.product(index, repeat=3):
+        drawn = torch.cat([one[images] for one, images in zip(members, chosen, strict=True)])
+        found.append(Sample(drawn.repeat(1, 2, 1), torch.arange(3).repeat_interleave(2), population=False).moments())
+    s_b = sum((one.share @ one.b - one.g).item() for one in found) / len(found)
+    mean_norm2 = sum(one.g.item() for one in found) / len(found)
+    bias = truth.s_b.value / (6 - 1)
+    assert math.isclose(s_b, truth.s_b.value + bias, rel_tol=1e-12)
+    assert math.isclose(mean_norm2, truth.mean_norm2.value - bias, rel_tol=1e-12, abs_tol=1e-14)
 
 
 @given(populations)
@@ -334,18 +352,59 @@ def test_thresholds_at_known_values() -> None:
         assert found == pytest.approx(row, abs=5e-4)
     assert theory.class_threshold(100, 0.01, 0.7) == pytest.approx(1 / 1.3, abs=1e-6)
 
+    assert theory.misalignment_onset(256, 0.2, views=4) == pytest.approx(0.234, abs=5e-4)
+    assert theory.misalignment_onset(256, 0.2, views=4, decoupled=True) == 0
+
 
 @pytest.mark.parametrize(("images", "tau"), [(4, 0.5), (30, 0.2), (256, 0.2)])
-def test_positives_separate_below_the_misalignment_onset(images: int, tau: float) -> None:
-    d, onset = 2 * images - 2, theory.misalignment_onset(images, tau)
+@pytest.mark.parametrize("views", [2, 3, 4])
+def test_positives_separate_below_the_misalignment_onset(images: int, tau: float, views: int) -> None:
+    onset = theory.misalignment_onset(images, tau, views=views)
+    d, positives = views * (images - 1), views - 1
 
     def loss(a: float, alpha: float) -> float:
-        """Half the balanced loss for similarity a of positives and -(1 + a) / D of other pairs; convex in a."""
-        return -alpha * a / tau + (1 - alpha) * math.log(math.exp(a / tau) + d * math.exp(-(1 + a) / (d * tau)))
+        """Half the balanced loss for similarity a of positives and the least possible one of other pairs; convex."""
+        b = -(1 + positives * a) / d
+        return -alpha * a / tau + (1 - alpha) * math.log(positives * math.exp(a / tau) + d * math.exp(b / tau))
 
     for alpha in (onset - 1e-5, onset + 1e-5):
         slope = loss(1 + 1e-6, alpha) - loss(1 - 1e-6, alpha)
         assert (slope > 0) == (alpha < onset)  # the minimum is at a < 1 only below the onset
+
+
+def best_embedding(images: int, views: int, d: int, alpha: float, tau: float) -> float:
+    """The similarity of positives where the balanced loss is least over free unit embeddings, from a random start."""
+    draw = torch.Generator().manual_seed(0)
+    free = torch.randn(views, images, d, dtype=torch.float64, generator=draw).requires_grad_()
+    optimizer = torch.optim.LBFGS([free], max_iter=2000, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    loss = BalancedLoss(alpha=alpha, temperature=tau)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        total = loss(*F.normalize(free, dim=2)).total
+        total.backward()
+        return total
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    z = F.normalize(free.detach(), dim=2)
+    return (z[0] * z[1]).sum(1).mean().item()
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_the_onset_is_that_of_free_embeddings(views: int) -> None:
+    onset = theory.misalignment_onset(5, 0.3, views=views)
+    assert best_embedding(5, views, 6, onset * 1.03, 0.3) > 0.9999
+    assert best_embedding(5, views, 6, onset * 0.9, 0.3) < 0.99
+
+
+def test_in_few_dimensions_the_onset_lies_lower() -> None:
+    onset = theory.misalignment_onset(16, 0.3)
+    assert best_embedding(16, 2, 15, 0.85 * onset, 0.3) < 0.99
+    assert best_embedding(16, 2, 8, 0.85 * onset, 0.3) > 0.9999
+    form = LogSumExpForm(0.3, decoupled=False)
+    exact = [edges(form, r_max=0.5, images=16, views=2, width=width).alpha_mis_exact for width in (14, 15)]
+    assert exact == [False, True]
+    assert edges(form._replace(decoupled=True), r_max=0.5, images=16, views=2, width=2).alpha_mis_exact
 
 
 def gram_loss(gram: Tensor, alpha: float, tau: float) -> float:
@@ -353,6 +412,65 @@ def gram_loss(gram: Tensor, alpha: float, tau: float) -> float:
     values, vectors = torch.linalg.eigh(gram)
     z = vectors * values.clamp(min=0).sqrt()
     return BalancedLoss(alpha=alpha, temperature=tau)(*z.chunk(2)).total.item()
+
+
+def excess_over_collapse(z: Tensor, alpha: float, tau: float) -> tuple[float, float]:
+    """(tau / 2 times the loss of the population z [n, M, d] beyond that of the constant embedding, 1 - |mu|^2)."""
+    rows = z.flatten(0, 1)
+    repel = tau * ((rows @ rows.T / tau).logsumexp(1).mean().item() - math.log(len(rows)))
+    attract = -z.mean(1).square().sum(1).mean().item()
+    return alpha * (attract + 1) + (1 - alpha) * (repel - 1), 1 - rows.mean(0).square().sum().item()
+
+
+def largest_correlation(z: Tensor) -> float:
+    """The largest correlation between views over all linear functions of the population z [n, M, d]."""
+    rows = z.flatten(0, 1) - z.mean((0, 1))
+    means = z.mean(1) - z.mean((0, 1))
+    scale, basis = torch.linalg.eigh(rows.T @ rows / len(rows))
+    kept = scale > 1e-12
+    if not kept.any():
+        return 0.0
+    whiten = basis[:, kept] * scale[kept].rsqrt()
+    return torch.linalg.eigvalsh(whiten.T @ (means.T @ means / len(means)) @ whiten)[-1].item()
+
+
+@given(blobs_of(1), st.floats(0, 1), st.sampled_from([0.05, 0.2, 0.5, 2.0, 50.0]), st.floats(0, 20))
+@settings(max_examples=1000, deadline=None)
+def test_no_embedding_beats_collapse_above_the_threshold(
+    population: tuple[Tensor, Tensor], alpha: float, tau: float, offset: float
+) -> None:
+    """At any alpha the loss is greater than there by (1 - |mu|^2) [alpha (1 - r_max) - (1 - alpha)] or more."""
+    z = population[0]
+    shift = offset * F.normalize(torch.ones(z.shape[2], dtype=z.dtype), dim=0)  # towards a single point
+    z = F.normalize(z + shift, dim=2)
+    r_max = largest_correlation(z)
+    excess, spread = excess_over_collapse(z, alpha, tau)
+    assert excess >= spread * (alpha * (1 - r_max) - (1 - alpha)) - 1e-9
+    above = min(1.0, theory.collapse_threshold(r_max) + 1e-9)
+    assert excess_over_collapse(z, above, tau)[0] >= -1e-9
+
+
+@pytest.mark.parametrize("flipped", [4, 2, 1])
+def test_the_threshold_of_collapse_is_sharp(flipped: int) -> None:
+    """Where every direction has the correlation r, the bound is reached at high temperature and near collapse."""
+    views = torch.tensor([-1.0] * flipped + [1.0] * (8 - flipped), dtype=torch.float64)
+    feature = torch.stack([views, -views]).unsqueeze(2)  # of two images with 8 views, [2, 8, 1]
+    r = views.mean().item() ** 2
+    assert largest_correlation(feature) == pytest.approx(r, abs=1e-12)
+
+    def ratio(size: float, tau: float, alpha: float) -> float:
+        constant = math.sqrt(1 - size**2) * torch.ones_like(feature)
+        excess, spread = excess_over_collapse(torch.cat([constant, size * feature], 2), alpha, tau)
+        return excess / spread
+
+    for alpha in (0.3, theory.collapse_threshold(r) - 0.02, theory.collapse_threshold(r) + 0.02):
+        limit = alpha * (1 - r) - (1 - alpha)
+        assert ratio(0.8, 1e6, alpha) == pytest.approx(limit, abs=1e-5)
+        assert ratio(1e-3, 0.2, alpha) == pytest.approx(limit, abs=1e-4)
+        assert ratio(0.8, 0.2, alpha) >= limit
+        above = alpha > theory.collapse_threshold(r)
+        assert (ratio(1e-3, 0.2, alpha) > 0) == above  # below it there are better embeddings next to the constant
+    assert excess_over_collapse(torch.ones_like(feature), 0.4, 0.2) == pytest.approx((0, 0), abs=1e-15)
 
 
 @pytest.mark.parametrize("tau", [0.2, 0.5])
@@ -452,6 +570,7 @@ def test_invalid_arguments_are_refused() -> None:
         ("not finite", lambda: theory.augmentation_correlations(spoiled)),
         ("classes=1", lambda: theory.class_threshold(1, 0.5, 0.5)),
         ("images=1", lambda: theory.misalignment_onset(1, 0.5)),
+        ("views=1", lambda: theory.misalignment_onset(9, 0.5, views=1)),
     ]
     for message, call in calls:
         with pytest.raises(ValueError, match=message):

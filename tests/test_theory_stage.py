@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from scclr.losses import LogSumExpForm
 from scclr.theory.embed import embed
 from scclr.theory.forecast import Forecast, forecast_collapse
 from scclr.theory.report import BOUND_METRICS, chosen_rows, headline, measure, table
+from scclr.theory.thresholds import Edges, misalignment_onset
 
 Run = Callable[..., int]
 SMALL = ["theory.images=80", "theory.views=2", "theory.temperatures=[0.5,1]"]
@@ -57,10 +59,10 @@ def test_the_stage_after_training_and_alone(scclr: Run, folder: Path, capsys: py
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("theory.views=1", "needs two views or more"),
+        ("theory.views=1", "theory.views=1: give a value from 2"),
         ("theory.temperatures=[]", "one or more positive numbers"),
         ("theory.temperatures=[0.5,-1]", "one or more positive numbers"),
-        ("theory.images=3", "at least 4"),
+        ("theory.images=3", "theory.images=3: give a value from 4"),
         ("theory.images=4", "2 images"),  # four digits are hardly ever two of one class and two of another
     ],
 )
@@ -72,9 +74,11 @@ def test_a_theory_that_cannot_be_computed_is_refused_before_training(
     assert not list(folder.glob("runs/*/*/metrics.jsonl"))
 
 
-def measured(labels: Tensor, weight: float | None = None, form: LogSumExpForm | None = None) -> dict:
+def measured(
+    labels: Tensor, weight: float | None = None, form: LogSumExpForm | None = None, words: tuple[str, ...] = ()
+) -> dict:
     """``measure`` of a small untrained model on random images, ``weight`` in all of its first convolution."""
-    state, augment = training(compose(*TINY))
+    state, augment = training(compose(*TINY, *words))
     if weight is not None:
         torch.nn.init.constant_(state.model.encoder.layers.conv.weight, weight)  # type: ignore[union-attr, arg-type]
     data, config = ImageSet(noise(len(labels)).images, labels), TheoryConfig(24, 2, [0.5])
@@ -116,22 +120,62 @@ def test_measured_numbers_their_headline_and_their_table() -> None:
         f"between {theory['objective']['lower']['value']:.4f}",
         f"{collapse['cdnv']:.4f}",
         f"{collapse['effective_rank']:.4f}",
-        f"{half['upper_bound']['value']:.4f}",
+        f"{one['upper_bound']['value']:.4f}",
+        "theory.json holds the bounds at temperatures 0.5 too",
         "classes 3",
+        f"above alpha = {theory['thresholds']['alpha_col']:.3f}",
         f"above alpha = {theory['thresholds']['alpha_c']:.3f}",
         f"below alpha = {theory['thresholds']['alpha_mis']:.3f}",
     ):
         assert any(text in line for line in lines), text
 
 
+def test_the_table_has_the_bound_of_the_training_or_else_the_tightest() -> None:
+    theory = measured(torch.arange(30) % 3)
+    half, one = theory["bound"]
+    assert half["upper_bound"]["value"] < one["upper_bound"]["value"]
+    for temperature, shown, other in ((1.0, one, half), (None, half, one)):
+        text = table({**theory, "temperature": temperature})
+        assert f"{shown['upper_bound']['value']:.4f}" in text
+        assert f"{other['upper_bound']['value']:.4f}" not in text
+
+
 def test_thresholds_are_those_of_the_loss() -> None:
-    """The decoupled loss never separates positives, and a loss of another form has neither threshold."""
+    """The decoupled loss never separates positives, and of a loss of another form nothing is said."""
     labels = torch.arange(30) % 3
     decoupled, other = (measured(labels, form=form) for form in (LogSumExpForm(0.2, decoupled=True), None))
     assert decoupled["thresholds"]["alpha_mis"] == 0 < decoupled["thresholds"]["alpha_c"]
-    assert "separates positives" not in table(decoupled)
-    assert (other["thresholds"]["alpha_c"], other["thresholds"]["alpha_mis"]) == (None, None)
-    assert "well-separated classes" not in table(other)
+    assert "separate" not in table(decoupled).split("collapse")[-1].replace("well-separated", "")
+    assert [other["thresholds"][name] for name in Edges._fields] == [None] * 4
+    assert "alpha = " not in "".join(table(other).splitlines()[2:])
+    assert not any("alpha_" in name for name in headline(other))
+
+
+def test_thresholds_are_those_of_the_views_and_the_dimensions_of_the_training() -> None:
+    labels, form = torch.arange(30) % 3, LogSumExpForm(0.2, decoupled=False)
+    pair, three = (measured(labels, form=form, words=words) for words in ((), ("augment.views=[{},{},{}]",)))
+    for theory, views in ((pair, 2), (three, 3)):
+        onset = misalignment_onset(64, 0.2, views=views)
+        assert (theory["thresholds"]["alpha_mis"], theory["thresholds"]["alpha_mis_exact"]) == (onset, False)
+        assert f"below alpha = {onset:.3f} the best embedding may separate positives" in table(theory)
+    wide = measured(labels, form=form, words=("projector.out_dim=63",))
+    assert wide["thresholds"]["alpha_mis_exact"]
+    assert "the best embedding separates positives" in table(wide)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "debiased", "hard_negative", "supcon", "nscl", "prototype", "spectral"])
+def test_nothing_is_forecast_where_nothing_is_proved(
+    loss: str, scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"loss={loss}", "alpha=0.01", *(["loss.temperature=0.1"] if loss != "spectral" else [])]
+    assert scclr("train", "stages=[pretrain,theory]", *words, *TINY, *SMALL, "pretrain.epochs=1") == 0
+    said = capsys.readouterr()
+    assert "apart" not in said.err + said.out
+    assert " is below " not in said.err
+    (run,) = run_folders(folder)
+    assert result_of(run)["forecast"] is None
+    assert not any("alpha_" in name for name in result_of(run)["metrics"])
+    assert theory_of(run)["thresholds"]["alpha_col"] is None
 
 
 def test_what_cannot_be_measured_is_a_user_error() -> None:
@@ -194,23 +238,35 @@ def test_a_forecast_leaves_the_model_unchanged() -> None:
     )
     assert coupled.r_max == decoupled.r_max
     assert coupled.alpha_mis > decoupled.alpha_mis == 0
+    assert (coupled.alpha_mis_exact, decoupled.alpha_mis_exact) == (True, True)  # 16 dimensions, 8 images
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not model.training
     assert torch.equal(random, torch.get_rng_state())
 
 
 def test_a_forecast_warns_beyond_each_end_of_its_range() -> None:
-    forecast = Forecast(r_max=0.5, alpha_col=0.667, alpha_mis=0.2)
+    forecast = Forecast(r_max=0.5, alpha_col=0.667, alpha_mis=0.2, alpha_mis_exact=True)
     assert forecast.warnings([0.2, 0.667]) == []
     above, below = forecast.warnings([0.1, 0.7])
     assert above.startswith("alpha=0.7 is above 0.667")
     assert below.startswith("alpha=0.1 is below 0.200")
+    assert "the best embedding separates positives" in below
+    (below,) = replace(forecast, alpha_mis_exact=False).warnings([0.1])
+    assert "the best embedding may separate positives" in below
+
+
+def test_a_forecast_is_for_the_views_of_a_step() -> None:
+    state, augment = training(compose(*TINY, "augment.views=[{},{},{},{}]"))
+    form = LogSumExpForm(0.2, decoupled=False)
+    found = forecast_collapse(state.model, noise(64), augment, form, batch=64, seed=0)
+    assert found.alpha_mis == misalignment_onset(64, 0.2, views=4)
+    assert not found.alpha_mis_exact
 
 
 def test_measuring_changes_no_training(scclr: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = ["train", "stages=[pretrain]", "pretrain.log_every=1", *TINY]
     assert scclr(*line, "runs=measured") == 0
-    monkeypatch.setattr("scclr.train.forecast_collapse", lambda *_, **__: Forecast(0.5, 0.667, 0.0))
+    monkeypatch.setattr("scclr.train.forecast_collapse", lambda *_, **__: Forecast(0.5, 0.667, 0.0, True))
     monkeypatch.setattr("scclr.pretrain.loop.embedding_metrics", lambda *_: {})
     assert scclr(*line, "runs=bare") == 0
     measured, bare = (next((folder / runs / "default").glob("*/")) for runs in ("measured", "bare"))

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from scclr.losses import Anchors, Loss, LossTerms, balance, check_positive
+from scclr.losses.anchors import Anchors
+from scclr.losses.base import Loss, LossTerms, balance, check_positive
 from scclr.losses.pairs import row_logsumexp
 
 

@@ -3,15 +3,17 @@
 import torch
 from torch import Tensor
 
-from scclr.losses import Anchors, LogSumExpForm, LossTerms, TemperatureLoss
+from scclr.losses.anchors import Anchors
+from scclr.losses.base import LogSumExpForm, LossTerms, TemperatureLoss
 
 
 class BalancedLoss(TemperatureLoss):
     """total = 2 (alpha A + (1 - alpha) R); alpha = 0.5 is NT-Xent exactly.
 
-    This is the balance of Lee (TMLR 2025, arXiv 2510.10572), up to scale: ``lambda = (1 - alpha) / alpha`` weighs
-    repulsion relative to attraction, and ``1 / temperature`` is the sharpness of the log-sum-exp. The coefficients of A
-    and R sum to 2 at every alpha. Totals at different alpha are not comparable; A and R are.
+    This is the balance of Lee (TMLR 2025, arXiv 2510.10572), as public summaries and reviews state it, up to scale:
+    ``lambda = (1 - alpha) / alpha`` weighs repulsion relative to attraction, and ``1 / temperature`` is the sharpness
+    of the log-sum-exp. The coefficients of A and R sum to 2 at every alpha. Totals at different alpha are not
+    comparable; A and R are.
 
     alpha may act through the balance, or through the size of the gradient as a learning rate would.
     ``rescale="constant_force"`` tells the two apart. It multiplies the part of each anchor i by the constant
@@ -21,7 +23,8 @@ class BalancedLoss(TemperatureLoss):
         F_i(alpha) = sum_p |alpha / (V - 1) - (1 - alpha) p_ip| + (1 - alpha) sum_n p_in
 
     over positives p and negatives n, with the softmax p_ik = exp(s_ik / tau - R_i). F_i is sum_k |d total_i / d s_ik|
-    times tau / 2. So the forces on every anchor have the same sum as in NT-Xent, at every alpha.
+    times tau / 2. So the forces on every anchor have the same sum as in NT-Xent, at every alpha. Where all anchors have
+    the same similarities, as at the thresholds of alpha, they have the same factor, and the thresholds do not change.
 
     Args:
         similarity: ``cosine`` takes unit rows; ``dot`` takes rows of any length, as an ablation.

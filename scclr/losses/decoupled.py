@@ -1,6 +1,7 @@
 """The decoupled contrastive loss: NT-Xent without the positive in the denominator."""
 
-from scclr.losses import Anchors, LogSumExpForm, LossTerms, TemperatureLoss, balance
+from scclr.losses.anchors import Anchors
+from scclr.losses.base import LogSumExpForm, LossTerms, TemperatureLoss, balance
 
 
 class DecoupledLoss(TemperatureLoss):
@@ -9,6 +10,9 @@ class DecoupledLoss(TemperatureLoss):
     A = mean_i mean_p -s_ip / tau;    R = mean_i log sum_k exp(s_ik / tau), where k are the views of other images.
 
     The attraction between positives has a constant gradient. That of NT-Xent fades as positives become easy.
+
+    The authors' code (raminnakhli/Decoupled-Contrastive-Learning) adds the means of the two directions, which is twice
+    this loss; its default temperature is 0.1.
     """
 
     least_images = 2

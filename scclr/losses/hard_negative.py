@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from scclr.losses import Anchors, LossTerms, TemperatureLoss, balance, check_range
+from scclr.losses.anchors import Anchors
+from scclr.losses.base import LossTerms, TemperatureLoss, balance, check_range
 
 
 class HardNegativeLoss(TemperatureLoss):

@@ -4,11 +4,14 @@ import math
 
 import torch
 
-from scclr.losses import Anchors, LossTerms, TemperatureLoss, balance
+from scclr.losses.anchors import Anchors
+from scclr.losses.base import LossTerms, TemperatureLoss, balance
 
 
 class PrototypeLoss(TemperatureLoss):
-    """total = 2 (alpha A + (1 - alpha) R), the supervised objective of Lee (TMLR 2025, arXiv 2510.10572).
+    """total = 2 (alpha A + (1 - alpha) R), after the supervised objective of Lee (TMLR 2025, arXiv 2510.10572).
+
+    The form is taken from public summaries and reviews of the paper, whose own may differ.
 
     A = mean_i -<z_i, mu_y> / tau
     R = mean_i max_{c != y} <z_i, mu_c> / tau    or    mean_i log sum_{c != y} exp(<z_i, mu_c> / tau)

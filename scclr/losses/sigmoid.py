@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from scclr.losses import Anchors, Loss, LossTerms, balance, check_positive, check_range, pairs
+from scclr.losses import pairs
+from scclr.losses.anchors import Anchors
+from scclr.losses.base import Loss, LossTerms, balance, check_positive, check_range
 
 
 class SigmoidLoss(Loss):
@@ -18,6 +20,8 @@ class SigmoidLoss(Loss):
 
     Here i and k are images in two different views; with V > 2 views both are means over all pairs of views. No anchor
     is normalized over its keys.
+
+    SigLIP learns scale and bias from the values in conf/loss/sigmoid.yaml on. Here they stay as they are given.
 
     Raises:
         ValueError: if alpha is outside [0, 1], scale outside [1e-6, 1e6], or bias outside [-1e6, 1e6].

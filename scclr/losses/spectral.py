@@ -1,6 +1,7 @@
 """The spectral contrastive loss."""
 
-from scclr.losses import Anchors, Loss, LossTerms, balance, check_positive
+from scclr.losses.anchors import Anchors
+from scclr.losses.base import Loss, LossTerms, balance, check_positive
 
 
 class SpectralLoss(Loss):
@@ -9,6 +10,10 @@ class SpectralLoss(Loss):
     A = mean_i mean_p -2 mu s_ip;    R = mean_i mean_k (mu s_ik)^2, where k are the views of other images.
 
     ``mu`` is the squared length of their embeddings f. Only second moments enter, so the time is O(N P^2).
+
+    The official code (jhaochenz96/spectral_contrastive_learning) differs in three points. It divides the loss by mu.
+    Its negatives are other images in the other view, while here they are in all views. It shortens f to length sqrt(mu)
+    where f is longer, while here every f has this length.
 
     Raises:
         ValueError: if alpha is outside [0, 1] or mu outside [1e-6, 1e6]; on call, as ``Loss``.

@@ -15,7 +15,7 @@ from torch import Tensor
 from scclr.losses import Loss
 from scclr.losses.pairs import widen
 
-UNIFORMITY_ROWS = 4096  # more than their 8 million pairs would only cost memory
+UNIFORMITY_ROWS = 4096  # of each view; more than their 8 million pairs would only cost memory
 SOFTMAX_ROWS = 1024  # anchors whose softmax is in memory at a time
 
 
@@ -29,7 +29,7 @@ def embedding_metrics(loss: Loss, z: Tensor, labels: Tensor) -> dict[str, float]
     attract, repel = tangent_gradients(lambda views: loss(*views, labels=labels)[1:], z)
     values = {
         "alignment": alignment(*unit),
-        "uniformity": uniformity(unit.flatten(0, 1)),
+        "uniformity": uniformity(*unit),
         "effective_rank": effective_rank(unit.flatten(0, 1)),
         "gradient/attract": attract.norm(),
         "gradient/repel": repel.norm(),
@@ -48,9 +48,13 @@ def alignment(*views: Tensor) -> Tensor:
     return torch.stack([(a - b).square().sum(1).mean() for a, b in combinations(views, 2)]).mean()
 
 
-def uniformity(z: Tensor, t: float = 2.0) -> Tensor:
-    """log E exp(-t |z_i - z_j|^2) over pairs i != j of the first 4096 rows, in [-4 t, 0] (Wang & Isola 2020, eq. 6)."""
-    return F.pdist(z[:UNIFORMITY_ROWS]).square().mul(-t).exp().mean().log()
+def uniformity(*views: Tensor, t: float = 2.0) -> Tensor:
+    """log E exp(-t |z_i - z_j|^2) over pairs of different images, in [-4 t, 0] (Wang & Isola 2020, eq. 6).
+
+    The pairs are those within a view, of its first 4096 rows, and the logarithms are averaged over views. Positives of
+    two views would count as negatives otherwise.
+    """
+    return torch.stack([F.pdist(view[:UNIFORMITY_ROWS]).square().mul(-t).exp().mean().log() for view in views]).mean()
 
 
 def effective_rank(z: Tensor) -> Tensor:

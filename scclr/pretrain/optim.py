@@ -120,7 +120,16 @@ def sgd(
 
 
 def lars(
-    *, model: nn.Module, batch_size: int, lr: float, lr_scaling: str, weight_decay: float, momentum: float, trust: float
+    *,
+    model: nn.Module,
+    batch_size: int,
+    lr: float,
+    lr_scaling: str,
+    weight_decay: float,
+    momentum: float,
+    trust: float,
+    momentum_form: str = "lr_outside",
+    clip: bool = False,
 ) -> Optimizer:
     """LARS over all weights; biases and norms take plain SGD steps without decay (SimCLR, sec. 2.2).
 
@@ -130,25 +139,43 @@ def lars(
     groups = parameter_groups(model, weight_decay, effective_lr(lr, lr_scaling, batch_size))
     for group in groups:
         group["adapt"] = group["name"] == "weights"
-    return LARS(groups, momentum=momentum, trust=trust)
+    return LARS(groups, momentum=momentum, trust=trust, momentum_form=momentum_form, clip=clip)
 
 
 class LARS(Optimizer):
-    """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017, alg. 1), with SimCLR's momentum.
+    """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017), as in SimCLR's code (lars_optimizer.py).
 
     For each tensor w with gradient g: ``d = g + weight_decay w``; ``d *= trust |w| / |d|`` where the group adapts and
-    both norms are positive; ``v = momentum v + d``; ``w -= lr v``. No step waits for the device.
+    both norms are positive. You et al. (alg. 1), timm, lightly and solo-learn divide by |g| + weight_decay |w| instead.
+    No step waits for the device.
+
+    Args:
+        momentum_form: ``lr_inside``: v = momentum v + lr d; w -= v (You et al., SimCLR). ``lr_outside``: v = momentum v
+            + d; w -= lr v (PyTorch's SGD, timm, lightly, solo-learn). They are equal at a constant learning rate.
+        clip: the ratio trust |w| / |d| is divided by lr and at most 1, so that lr |d| bounds the length of each update
+            (LARC, in apex and solo-learn).
 
     Raises:
-        ValueError: momentum outside [0, 1) or trust not positive.
+        ValueError: momentum outside [0, 1), trust not positive, or an unknown form.
     """
 
-    def __init__(self, params: Iterable[Any], *, momentum: float, trust: float) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        momentum: float,
+        trust: float,
+        momentum_form: str = "lr_outside",
+        clip: bool = False,
+    ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum}: give a number in [0, 1)")
         if not trust > 0:
             raise ValueError(f"trust={trust}: give a positive number")
+        if momentum_form not in ("lr_inside", "lr_outside"):
+            raise ValueError(f"momentum_form={momentum_form}: choose one of lr_inside, lr_outside")
         super().__init__(params, {"lr": 0.0, "momentum": momentum, "trust": trust, "weight_decay": 0.0, "adapt": True})
+        self.lr_inside, self.clip = momentum_form == "lr_inside", clip
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -163,7 +190,7 @@ class LARS(Optimizer):
             if group["adapt"]:
                 weight_norms, update_norms = torch._foreach_norm(params), torch._foreach_norm(updates)
                 ratios = [
-                    torch.where((w > 0) & (u > 0), group["trust"] * w / u, torch.ones_like(w))
+                    torch.where((w > 0) & (u > 0), self._ratio(w, u, group), torch.ones_like(w))
                     for w, u in zip(weight_norms, update_norms, strict=True)
                 ]
                 updates = list(torch._foreach_mul(updates, ratios))
@@ -172,5 +199,9 @@ class LARS(Optimizer):
                     self.state[p]["velocity"] = torch.zeros_like(p)
             velocities = [self.state[p]["velocity"] for p in params]
             torch._foreach_mul_(velocities, group["momentum"])
-            torch._foreach_add_(velocities, updates)
-            torch._foreach_add_(params, velocities, alpha=-group["lr"])
+            torch._foreach_add_(velocities, updates, alpha=group["lr"] if self.lr_inside else 1)
+            torch._foreach_add_(params, velocities, alpha=-1 if self.lr_inside else -group["lr"])
+
+    def _ratio(self, weight_norm: Tensor, update_norm: Tensor, group: dict[str, Any]) -> Tensor:
+        ratio: Tensor = group["trust"] * weight_norm / update_norm
+        return (ratio / group["lr"]).clamp(max=1) if self.clip else ratio

@@ -11,7 +11,7 @@ from scclr.datasets import ImageSet
 from scclr.encoders.model import Model
 from scclr.losses import LogSumExpForm
 from scclr.theory.embed import by_image, fresh_views
-from scclr.theory.thresholds import augmentation_correlations, collapse_threshold, misalignment_onset
+from scclr.theory.thresholds import augmentation_correlations, edges
 
 FORECAST_IMAGES, FORECAST_VIEWS = 1024, 8
 PIXELS = 8  # the side to which views are averaged down
@@ -24,6 +24,7 @@ class Forecast:
     r_max: float  # largest canonical correlation between views, of pixels and the untrained encoder's h
     alpha_col: float
     alpha_mis: float  # 0 for the decoupled loss, which never separates positives
+    alpha_mis_exact: bool  # False where the embedding has so few dimensions that the onset may lie lower
 
     def warnings(self, alphas: list[float]) -> list[str]:
         """One line for each end of the range that one of ``alphas`` lies beyond."""
@@ -34,9 +35,10 @@ class Forecast:
                 f"(r_max {self.r_max:.3f} before training); lower alpha, or weaken the augmentation to raise this limit"
             )
         if min(alphas) < self.alpha_mis:
+            verb = "separates" if self.alpha_mis_exact else "may separate"
             lines.append(
                 f"alpha={min(alphas):g} is below {self.alpha_mis:.3f}: at this temperature and batch size the best "
-                "embedding separates positives; raise alpha, or type loss=decoupled, which has no such limit"
+                f"embedding {verb} positives; raise alpha, or type loss=decoupled, which has no such limit"
             )
         return lines
 
@@ -55,10 +57,12 @@ def forecast_collapse(
     for number in range(max(1, min(FORECAST_IMAGES, len(data)) // batch)):
         part = data[slice(number * batch, (number + 1) * batch)]
         seen = list(fresh_views(part, augment, FORECAST_VIEWS, model.channels, seed=seed, part=number))
-        outputs = [twin(x)[0] for x in seen], [F.adaptive_avg_pool2d(x, PIXELS).flatten(1) for x in seen]
+        embedded = [twin(x) for x in seen]  # (h, z) of each
+        outputs = [h for h, _ in embedded], [F.adaptive_avg_pool2d(x, PIXELS).flatten(1) for x in seen]
         parts.append([by_image(x, len(part), FORECAST_VIEWS) for x in outputs])  # h and pixels, [b, 8, D]
     features = [torch.cat(rows) for rows in zip(*parts, strict=True)]
     scaled = [x / x.std((0, 1)).mean().clamp(min=torch.finfo(x.dtype).tiny) for x in features]
     r_max = augmentation_correlations(torch.cat(scaled, 2))[0].item()
-    onset = misalignment_onset(batch, form.temperature, decoupled=form.decoupled)
-    return Forecast(r_max, collapse_threshold(r_max), onset)
+    width = embedded[0][1].shape[1]
+    found = edges(form, r_max=r_max, images=batch, views=len(augment.views), width=width)
+    return Forecast(r_max, found.alpha_col, found.alpha_mis, found.alpha_mis_exact)

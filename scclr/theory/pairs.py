@@ -46,7 +46,7 @@ def pair_sums(sample: Sample, temperatures: Sequence[float]) -> Iterator[Tile]:
         first = 0  # position of the group's first key
         for g, by_class in enumerate(sizes):
             part = keys[first : first + sum(by_class)].flatten(0, 1)
-            similarity = rows @ part.T  # [b M, n_g M]
+            similarity = (rows @ part.T).sub_(1)  # [b M, n_g M]
             if sample.own:
                 in_group = (group == g).nonzero().squeeze(1)
                 by_image = similarity.view(len(index), views, sum(by_class), views)
@@ -54,7 +54,7 @@ def pair_sums(sample: Sample, temperatures: Sequence[float]) -> Iterator[Tile]:
             first += sum(by_class)
             exponential = torch.empty_like(similarity)
             for t, temperature in enumerate(temperatures):
-                torch.sub(similarity, 1, out=exponential).div_(temperature).exp_()
+                torch.div(similarity, temperature, out=exponential).exp_()
                 start = 0
                 for c, images in runs:
                     stop, left = start + images * views, sum(by_class[:c]) * views

@@ -23,7 +23,7 @@ from scclr.theory.embed import embed
 from scclr.theory.moments import prototype_bias
 from scclr.theory.objective import supervised_objective
 from scclr.theory.sample import Sample, check_labels
-from scclr.theory.thresholds import augmentation_correlations, class_threshold, collapse_threshold, misalignment_onset
+from scclr.theory.thresholds import Edges, augmentation_correlations, edges
 
 BIAS_ROWS = {  # a field of ``Bias``, and its row in the table
     "b2": "squared bias B2 = E|mu_x - mu_y|^2",
@@ -50,7 +50,7 @@ BOUND_ROWS = {
 }
 BOUND_METRICS = (*(name for name in BOUND_ROWS if name != "supervised"), "q_same", "nscl_gap")
 SPACES = {"z": "embedding z", "h": "representation h"}
-TITLE, COLUMN = 34, 17  # characters; five temperatures fit into 120
+TITLE, COLUMN = 34, 17  # characters
 
 
 def chosen_rows(count: int, seed: int, images: int) -> Tensor:
@@ -78,7 +78,7 @@ def measure(
         data: labelled images, of which ``config.images`` are drawn.
         alpha: the balance at the end of the training; lam is 1 for alpha = 0, where it would be infinite.
         temperature: the training's, which is added to ``config.temperatures``; None if the loss has none.
-        form: of the training's loss; alpha_c and alpha_mis are None without it.
+        form: of the training's loss; its thresholds are None without it.
         images: number of images in a training step.
         batch: number of images in a forward pass.
 
@@ -91,7 +91,9 @@ def measure(
     try:
         check_labels(chosen.labels)
         h, z = embed(model.eval(), chosen, augment, config.views, batch, seed=seed)
-        found = describe(h, z, chosen.labels, sorted(temperatures), alpha=alpha, form=form, images=images)
+        found = describe(
+            h, z, chosen.labels, sorted(temperatures), alpha=alpha, form=form, images=images, views=len(augment.views)
+        )
         return {**found, "temperature": temperature}
     except ValueError as error:
         raise UserError(f"theory: {one_line(error)}") from error
@@ -108,8 +110,12 @@ def describe(
     alpha: float,
     form: LogSumExpForm | None,
     images: int,
+    views: int,
 ) -> dict[str, Any]:
     """All numbers of the theory of h [n, M, D], z [n, M, P] and int64 labels [n]; see ``measure``.
+
+    Args:
+        views: in a training step; M is the number of those that are measured.
 
     Raises:
         ValueError: as ``check_labels`` and ``Sample``.
@@ -133,16 +139,14 @@ def describe(
         "thresholds": {
             "correlations": r.tolist(),
             "instance_correlations": within.tolist(),
-            "alpha_col": collapse_threshold(r[0].item()),
-            "alpha_c": None,
-            "alpha_mis": None,
+            **dict.fromkeys(Edges._fields),
         },
     }
     if form is not None:
-        found["thresholds"] |= {
-            "alpha_c": class_threshold(classes, form.temperature, within[0].item()),
-            "alpha_mis": misalignment_onset(images, form.temperature, decoupled=form.decoupled),
-        }
+        found["thresholds"] |= edges(
+            form, r_max=r[0].item(), r_within=within[0].item(), classes=classes,
+            images=images, views=views, width=z.shape[2],
+        )._asdict()  # fmt: skip
     return {key: plain(value) for key, value in found.items()}
 
 
@@ -171,10 +175,16 @@ def headline(theory: dict[str, Any]) -> dict[str, float]:
 
 
 def table(theory: dict[str, Any]) -> str:
-    """The numbers of ``measure`` for the terminal."""
-    objective, edges = theory["objective"], theory["thresholds"]
+    """The numbers of ``measure`` for the terminal; of the bounds that of the training's temperature.
+
+    A loss without a temperature gets the tightest bound.
+    """
+    objective, limits = theory["objective"], theory["thresholds"]
     bias = {name: [theory[space]["bias"][name] for space in SPACES] for name in BIAS_ROWS}
     collapsed = {name: [theory[space]["collapse"][name] for space in SPACES] for name in COLLAPSE_ROWS}
+    own = [one for one in theory["bound"] if one["temperature"] == theory["temperature"]]
+    at = own[0] if own else min(theory["bound"], key=_upper_bound)
+    more = ", ".join(f"{one['temperature']:g}" for one in theory["bound"] if one is not at)
     lines = [
         "",
         f"theory of {theory['images']:,} images with {theory['views']} views each; alpha = {theory['alpha']:g}, "
@@ -189,22 +199,32 @@ def table(theory: dict[str, Any]) -> str:
         f"supervised objective of z: between {_estimate(objective['lower'])} (cross-split) and "
         f"{_estimate(objective['upper'])} (plug-in)",
         "bounded by contrastive loss + B2 + constant, where slack = lambda x (sum of the gaps):",
-        _row("temperature", (f"{one['temperature']:g}" for one in theory["bound"])),
-        *(_row(title, (_estimate(one[name]) for one in theory["bound"])) for name, title in BOUND_ROWS.items()),
+        _row("at the training's temperature" if own else "at temperature", [f"{at['temperature']:g}"]),
+        *(_row(title, [_estimate(at[name])]) for name, title in BOUND_ROWS.items()),
+        *([f"theory.json holds the bounds at temperatures {more} too"] if more else []),
         "",
-        f"above alpha = {edges['alpha_col']:.3f} the features of h collapse "
-        f"(largest correlation between views: {edges['correlations'][0]:.3f})",
     ]
-    if edges["alpha_c"] is not None:
+    if limits["alpha_col"] is not None:
         lines.append(
-            f"above alpha = {edges['alpha_c']:.3f} well-separated classes keep out features within classes "
-            f"(largest correlation: {edges['instance_correlations'][0]:.3f})"
+            f"above alpha = {limits['alpha_col']:.3f} the features of h collapse "
+            f"(largest correlation between views: {limits['correlations'][0]:.3f})"
         )
-    if edges["alpha_mis"]:  # 0 if positives coincide at every alpha
-        lines.append(f"below alpha = {edges['alpha_mis']:.3f} the best embedding separates positives")
+    if limits["alpha_c"] is not None:
+        lines.append(
+            f"above alpha = {limits['alpha_c']:.3f} well-separated classes keep out features within classes "
+            f"(largest correlation: {limits['instance_correlations'][0]:.3f})"
+        )
+    if limits["alpha_mis"]:  # 0 if positives coincide at every alpha
+        verb = "separates" if limits["alpha_mis_exact"] else "may separate"
+        lines.append(f"below alpha = {limits['alpha_mis']:.3f} the best embedding {verb} positives")
     if theory["dropped"]:
         lines.append(f"left out, because they have one image: classes {', '.join(map(str, theory['dropped']))}")
     return "\n".join(lines)
+
+
+def _upper_bound(at: dict[str, Any]) -> float:
+    value: float | None = at["upper_bound"]["value"]
+    return math.inf if value is None else value
 
 
 def _row(title: str, cells: Iterable[str]) -> str:

@@ -7,15 +7,54 @@ balanced loss falls as the feature is added to given embeddings if (README.md, s
     next to what has been learned             r > r*                       scclr.pretrain.metrics.admission_threshold
     next to classes that are single points    alpha < alpha_c              for a feature within classes
 
-Dimensions: N images, M views, D features.
+These are proved for the losses that have a ``LogSumExpForm``. Of others nothing is said.
+
+Dimensions: N images, M views, V views in a training step, D features.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from scclr.losses import LogSumExpForm
 from scclr.theory.sample import LEAST_IMAGES
+
+
+class Edges(NamedTuple):
+    """Where the behaviour of a training changes with alpha."""
+
+    alpha_col: float  # above it embeddings collapse to a point
+    alpha_c: float | None  # above it classes that are points keep out features within classes
+    alpha_mis: float  # below it the best embedding separates positives; 0 if it never does
+    alpha_mis_exact: bool  # False in fewer than N - 1 dimensions, where the onset may lie lower
+
+
+def edges(
+    form: LogSumExpForm,
+    *,
+    r_max: float,
+    images: int,
+    views: int,
+    width: int,
+    classes: int = 0,
+    r_within: float | None = None,
+) -> Edges:
+    """The thresholds of a loss of this ``form``.
+
+    A training step has ``views`` views of ``images`` images, and embeddings have ``width`` dimensions.
+
+    Args:
+        r_max: largest correlation of a feature between views.
+        r_within: the same of features within ``classes`` classes; without it there is no alpha_c.
+
+    Raises:
+        ValueError: as ``class_threshold`` and ``misalignment_onset``.
+    """
+    onset = misalignment_onset(images, form.temperature, views=views, decoupled=form.decoupled)
+    alpha_c = None if r_within is None else class_threshold(classes, form.temperature, r_within)
+    return Edges(collapse_threshold(r_max), alpha_c, onset, form.decoupled or width >= images - 1)
 
 
 @torch.no_grad()
@@ -72,7 +111,11 @@ def _covariances(h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def collapse_threshold(r_max: float) -> float:
-    """alpha_col = 1 / (2 - r_max): above it the constant embedding is stable, at every temperature."""
+    """alpha_col = 1 / (2 - r_max): above it the constant embedding minimizes the loss, at every temperature.
+
+    This holds for large batches, where r_max is the largest correlation among all functions that the encoder can be.
+    Below it the constant is not even a local minimum. ``r_max`` of given features is at most that of all functions.
+    """
     return 1 / (2 - r_max)
 
 
@@ -93,20 +136,23 @@ def class_threshold(classes: int, temperature: float, r: float) -> float:
     return min(1.0, max(0.0, hardness / (hardness + 1 - r))) if hardness + 1 - r > 0 else 1.0
 
 
-def misalignment_onset(images: int, temperature: float, *, decoupled: bool = False) -> float:
-    """alpha_mis: below it the best embedding of a batch of ``images`` with two views each separates positives.
+def misalignment_onset(images: int, temperature: float, *, views: int = 2, decoupled: bool = False) -> float:
+    """alpha_mis: below it the best embedding of a batch of N = ``images`` with V = ``views`` views separates positives.
 
-    alpha_mis = 1 / (1 + l), l = D / ((D + 1) p - 1), D = 2 N - 2, p = e^(1/tau) / (e^(1/tau) + D e^(-2 / (D tau))).
-    It is 0 if positives coincide at every alpha, as they do with the decoupled loss.
+    alpha_mis = E / (E + D) with D = V (N - 1) negatives, E = (D + V - 1) p - (V - 1) and the positives' softmax mass
+    p = (V - 1) e^(1/tau) / ((V - 1) e^(1/tau) + D e^(-V / (D tau))) at the simplex of N points. It is 0 if positives
+    coincide at every alpha, as they do with the decoupled loss.
+
+    The simplex needs N - 1 dimensions. In fewer, negatives are closer to each other, and the onset may lie lower.
 
     Raises:
-        ValueError: fewer than two images.
+        ValueError: fewer than two images or views.
     """
-    if images < 2:
-        raise ValueError(f"images={images}: a batch has two or more")
+    if images < 2 or views < 2:
+        raise ValueError(f"images={images}, views={views}: a batch has two or more of each")
     if decoupled:
         return 0.0
-    d = 2 * images - 2
-    p = 1 / (1 + d * math.exp(-(1 + 2 / d) / temperature))
-    excess = (d + 1) * p - 1
+    d, positives = views * (images - 1), views - 1
+    p = positives / (positives + d * math.exp(-(1 + views / d) / temperature))
+    excess = (d + positives) * p - positives
     return excess / (excess + d) if excess > 0 else 0.0
