@@ -56,7 +56,7 @@ def test_a_cache_reads_no_image_again(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_parts_of_a_tree_share_a_cache_that_is_built_last(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_photographs(tmp_path / "tree", size=(32, 32))
     how = {"cache": str(tmp_path / "cache"), "image_size": 32, "classes": [1, 0]}
-    with pytest.raises(UserError, match=r"too few for dataset\.limit"):
+    with pytest.raises(UserError, match=r"dataset\.limit=1 cannot split"):
         image_folder(tmp_path / "tree", **how, limit=1).load()
     assert not (tmp_path / "cache").exists()
     cached = image_folder(tmp_path / "tree", **how, limit=12).load()

@@ -18,6 +18,7 @@ from scclr.config.errors import UserError
 from scclr.datasets import ImageSet, Parts, Source
 from scclr.datasets.cifar10 import CIFAR10
 from scclr.datasets.cifar100 import CIFAR100
+from scclr.datasets.digits import Digits
 from scclr.datasets.fashion_mnist import FashionMNIST
 from scclr.datasets.mnist import MNIST
 from scclr.datasets.stl10 import STL10
@@ -36,6 +37,7 @@ def test_splits_are_disjoint_stratified_and_seeded() -> None:
     expected = [np.rint(image * 255 / 16).astype(np.uint8).tobytes() for image in load_digits().images]
     assert set.union(*map(image_bytes, parts)) == set(expected)
     assert splits.pretrain is splits.train
+    assert splits.train.images.shape[-1] == Digits.image_size
     for part in parts:
         share = torch.bincount(part.labels).double() / len(part)
         assert (share - 0.1).abs().max() < 0.01
@@ -74,8 +76,9 @@ def test_every_pixel_is_held_once() -> None:
         ({"validation": 1.0}, "validation=1.0: give a share between 0 and 1"),
         ({"test": float("nan")}, "test=nan: give a share between 0 and 1"),
         ({"split_seed": -1}, "split_seed=-1: give a number from 0"),
-        ({"std": [0.0]}, "std positive"),
-        ({"std": [float("nan")]}, "std positive"),
+        ({"std": [0.0]}, "std from 0.0001 to 1"),
+        ({"std": [float("nan")]}, "std from 0.0001 to 1"),
+        ({"std": [1e-5]}, "std from 0.0001 to 1"),
         ({"mean": [float("inf")]}, "mean from 0 to 1"),
         ({"mean": [0.3, 0.3]}, "one of each per channel"),
         ({"imbalance": 0.5}, "imbalance=0.5"),
@@ -92,7 +95,13 @@ def test_bad_arguments(changes: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"limit": 12}, "too few"),
+        ({"limit": 9}, r"dataset\.limit=9 cannot split these 1347 images: each part takes .* each of the 10 classes"),
+        (
+            {"limit": 12},
+            r"dataset\.validation=0\.25 .* 12 images: 8 classes have one image only.*dataset\.limit",
+        ),
+        ({"test": 1e-9}, r"dataset\.test=1e-09 cannot split these 1797 images: each part takes .* give another number"),
+        ({"validation": 0.9999}, r"dataset\.validation=0\.9999 cannot split"),
         ({"classes": [3, 10]}, "labels run from 0 to 9"),
         ({"test": None}, "no test split"),
         ({"validation": None}, "no validation split"),
@@ -115,8 +124,18 @@ class Noise(Source):
         return Parts(ImageSet(torch.zeros(8, 1, 2, 2, dtype=torch.uint8), torch.zeros(8).long()), None, self.names)
 
 
-def test_one_class_is_refused_in_any_dataset() -> None:
-    with pytest.raises(UserError, match=r"1 class: give dataset\.root=<a folder with one folder for each class>"):
+def test_one_class_can_be_split_but_not_thinned() -> None:
+    splits = Noise(**GREY, test=0.5).load()
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (3, 1, 4)
+    with pytest.raises(UserError, match=r"dataset\.imbalance=10 needs two classes or more"):
+        Noise(**GREY, test=0.5, imbalance=10).load()
+
+
+def test_a_class_of_one_image_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.tensor([0, 0, 0, 0, 1, 2, 2, 2])
+    parts = Parts(ImageSet(torch.zeros(8, 1, 2, 2, dtype=torch.uint8), labels), None, ["cat", "cow", "dog", "no image"])
+    monkeypatch.setattr(Noise, "read", lambda self: parts)
+    with pytest.raises(UserError, match=r"1 classes have one image only, such as \['cow'\]; .*leave these classes out"):
         Noise(**GREY, test=0.5).load()
 
 
@@ -167,6 +186,7 @@ def test_mnist(source: type[MNIST], below: str, suffix: str, last_class: str, tm
     assert splits.test.labels.tolist() == [i % 10 for i in range(20)]
     assert len(splits.train) + len(splits.validation) == 40
     assert splits.classes[9] == last_class
+    assert splits.train.images.shape[-1] == source.image_size
 
 
 def flip(path: Path) -> None:
@@ -203,6 +223,7 @@ def test_cifar(source: type[CIFAR10], tmp_path: Path, monkeypatch: pytest.Monkey
     train, test, names, unlabelled, validation = dataset.read()
     assert test is not None
     assert torch.equal(train.images, torch.from_numpy(pixels))
+    assert train.images.shape[-1] == source.image_size
     assert train.labels[:3].tolist() == [0, 1, 2]
     assert torch.equal(test.images, train.images[: len(test)])
     assert names[1] == "class 1"
@@ -254,6 +275,7 @@ def test_stl10_pretrains_on_the_unlabelled_split(tmp_path: Path, monkeypatch: py
     pixels = write_stl(tmp_path, monkeypatch)
     splits = STL10(**COLOUR, root=str(tmp_path)).load()
     assert torch.equal(splits.pretrain.images, torch.from_numpy(pixels[:30]))
+    assert splits.pretrain.images.shape[-1] == STL10.image_size
     assert set(splits.pretrain.labels.tolist()) == {-1}
     assert len(splits.train) + len(splits.validation) == 40
     assert splits.test.labels.tolist() == [i % 10 for i in range(20)]
@@ -284,6 +306,7 @@ def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = SVHN(**COLOUR, root=str(tmp_path)).load()
     assert torch.equal(splits.test.images, torch.from_numpy(pixels[:20]).permute(0, 3, 1, 2))
     assert splits.test.images.is_contiguous()
+    assert splits.test.images.shape[-1] == SVHN.image_size
     assert splits.test.labels.tolist() == [(i + 1) % 10 for i in range(20)]
     truncate(tmp_path / "test_32x32.mat")
     with pytest.raises(UserError, match=r"test_32x32\.mat: truncated or corrupt .*delete it"):

@@ -134,7 +134,8 @@ print(noted == set(IGNORED_SIGNALS))
 def test_a_signal_to_the_group_stops_no_worker() -> None:
     """The training process decides what a signal means, and reads on until it has saved."""
     words = [sys.executable, "-c", GROUP]
-    with subprocess.Popen(words, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}  # communicate skips what is buffered
+    with subprocess.Popen(words, start_new_session=True, **pipes) as process:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(2)]  # so both workers have started
         for number in IGNORED_SIGNALS:
@@ -163,6 +164,11 @@ def test_a_worker_dies_with_its_process(tmp_path: Path) -> None:
                 return
             time.sleep(0.1)
     pytest.fail("the lock of a killed process is held")
+
+
+def test_more_workers_than_cores_are_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    assert list(read_ahead(lambda key: key, range(40), workers=(os.cpu_count() or 1) + 2)) == list(range(40))
+    assert [str(warning.message) for warning in recwarn if "DataLoader" in str(warning.message)] == []
 
 
 def test_reading_leaves_the_global_generator_alone(photographs: Path) -> None:
@@ -195,7 +201,7 @@ def broken(tmp_path: Path) -> Path:
 
 
 def test_a_broken_file_is_refused_and_named(tmp_path: Path) -> None:
-    root = broken(tmp_path)
+    root = broken(tmp_path / "tree")
     advice = r"china/4\.jpg: .*truncated.*; replace or delete this file, or type dataset\.on_corrupt=skip"
     with pytest.raises(UserError, match=advice):
         list(all_images(root).blocks(64))
@@ -243,6 +249,17 @@ def test_a_class_without_a_readable_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("held", ["memory", "cache"])
+def test_no_class_is_left_out_with_its_broken_files(tmp_path: Path, held: str) -> None:
+    write_photographs(tmp_path / "tree")
+    for path in (tmp_path / "tree" / "china").iterdir():
+        path.write_bytes(b"not an image")
+    how = {"in_memory": True} if held == "memory" else {"cache": str(tmp_path / "cache")}
+    message = r"no readable training image is left of 1 classes, such as \['china'\]; replace the broken files$"
+    with pytest.raises(UserError, match=message):
+        image_folder(tmp_path / "tree", on_corrupt="skip", **how).load()
+
+
+@pytest.mark.parametrize("held", ["memory", "cache"])
 def test_broken_files_are_left_out_of_memory_and_cache(tmp_path: Path, held: str) -> None:
     root = broken(tmp_path / "tree")
     how = {"in_memory": True} if held == "memory" else {"cache": str(tmp_path / "cache")}
@@ -256,6 +273,16 @@ def test_broken_files_are_left_out_of_memory_and_cache(tmp_path: Path, held: str
             image_folder(root, **how).load()
 
 
+@pytest.mark.parametrize("name", [b"caf\xe9 \xff.jpg", b"two\nlines\t.jpg"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_any_name_is_shown_in_one_line_of_utf8(name: bytes, workers: int, tmp_path: Path) -> None:
+    write_photographs(tmp_path, per_class=2)
+    (tmp_path / "china" / os.fsdecode(name)).write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"china/.*\\.*\.jpg: cannot identify image file; replace or delete") as caught:
+        list(all_images(tmp_path, workers=workers).blocks(1))
+    assert str(caught.value).isprintable()
+
+
 # Whole runs -----------------------------------------------------------------------------------------------------------
 
 RUN = ["train", "dataset=imagefolder", "dataset.root=tree", "dataset.in_memory=false", "dataset.image_size=16"]
@@ -265,8 +292,9 @@ RUN += [*(word for word in TINY if "limit" not in word and "batch_size" not in w
 def test_a_run_from_files(scclr: Callable[..., int], folder: Path, capfd: Any) -> None:
     write_photographs(folder / "tree" / "train", per_class=24)
     write_photographs(folder / "tree" / "test", per_class=4)
-    assert scclr(*RUN) == 1
-    assert "augment.rotation=15 needs whole images" in capfd.readouterr().err
+    for stages in ("[pretrain]", "[pretrain,theory]"):
+        assert scclr(*RUN, f"stages={stages}") == 1
+        assert "augment.rotation=15 needs whole images" in capfd.readouterr().err
     assert scclr(*RUN, "augment=simclr", "dataset.workers=2") == 0
     assert len(list((folder / "runs").glob("*/*/result.json"))) == 1
 

@@ -2,15 +2,18 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from image_files import all_images, image_folder, write_image, write_photographs
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from scclr.config.errors import UserError
-from scclr.datasets.imagefolder import default_workers
+from scclr.datasets import Splits
+from scclr.datasets.imagefolder import default_workers, memory_limit
 
 
 def names(root: Path) -> list[str]:
@@ -110,11 +113,31 @@ def test_workers_share_the_cores_of_a_node(processes: str, expected: int, monkey
         ({"resize": 5_000_000}, "at most"),
         ({"on_corrupt": "ignore"}, "refuse or skip"),
         ({"workers": -1}, "workers=-1"),
+        ({"root": ""}, r"root is empty: give a folder; dataset\.root=\. is the current one"),
+        ({"cache": ""}, "cache is empty"),
     ],
 )
 def test_bad_arguments(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        image_folder(Path(), **changes)
+        image_folder(**{"root": Path(), **changes})
+
+
+def test_images_that_do_not_fit_into_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_levels(tmp_path, 16)
+    monkeypatch.setattr("scclr.datasets.imagefolder.memory_limit", lambda: 16 * 3 * 24 * 24)
+    message = r"18 images of 24 x 24 pixels take 0\.0 GiB of .*: type dataset\.in_memory=false or a smaller"
+    with pytest.raises(UserError, match=message):
+        image_folder(tmp_path, in_memory=True).load()
+    image_folder(tmp_path).load()
+
+
+def test_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = memory_limit()
+    assert 2**28 < whole < 2**50
+    monkeypatch.setattr(Path, "read_text", lambda self: "max\n")
+    assert memory_limit() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(Path, "read_text", lambda self: "1000000\n")
+    assert memory_limit() == 1_000_000
 
 
 # How they are split ---------------------------------------------------------------------------------------------------
@@ -146,11 +169,67 @@ def test_a_test_folder_is_used(tmp_path: Path) -> None:
         image_folder(tmp_path).load()
 
 
-def test_a_folder_one_level_too_high_is_refused(tmp_path: Path) -> None:
-    write_levels(tmp_path / "photographs", 8)
-    with pytest.raises(UserError, match=r"1 class: give dataset\.root="):
-        image_folder(tmp_path, cache=str(tmp_path / "cache")).load()
-    assert not (tmp_path / "cache").exists()
+ONE = ["train", "dataset=imagefolder", "dataset.root=tree", "dataset.image_size=16", "pretrain.batch_size=4"]
+ONE += [word for word in TINY if "limit" not in word and "batch_size" not in word and "knn_every" not in word]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["stages=[pretrain]"],
+        ["stages=[pretrain]", "pretrain.knn_every=0", "loss=supcon"],
+        ["stages=[pretrain]", "pretrain.knn_every=0", "loss=prototype"],
+    ],
+)
+def test_one_class_is_refused_where_classes_are_told_apart(
+    words: list[str], scclr: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The root is often a level too high, and the accuracy would be 100 %."""
+    write_levels(folder / "tree" / "photographs", 8)
+    assert scclr(*ONE, *words) == 1
+    error = capsys.readouterr().err
+    assert "one class, 'photographs': dataset.root may be a level too high; give dataset.root=<a folder with" in error
+    assert ("pretrain.knn_every=0" in error) == ("pretrain.knn_every=0" not in words)
+    assert error.count("\n") == 1
+    assert os.listdir(folder) == ["tree"]
+
+
+def test_images_without_classes_can_be_pretrained_on(scclr: Callable[..., int], folder: Path) -> None:
+    write_levels(folder / "tree" / "photographs", 8)
+    assert scclr(*ONE, "stages=[pretrain]", "pretrain.knn_every=0") == 0
+
+
+def test_the_splits_are_checked_before_images_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def check(splits: Splits) -> None:
+        counts.append(len(splits.train))
+        if refuse:
+            raise UserError("refused")
+
+    write_levels(tmp_path / "tree", 16)
+    for path in (tmp_path / "tree").glob("cat/[1-4].png"):
+        path.write_bytes(b"not an image")
+    for held in ({"in_memory": True}, {"cache": str(tmp_path / "cache")}):
+        source = image_folder(tmp_path / "tree", on_corrupt="skip", **held)
+        counts: list[int] = []
+        refuse = True
+        with pytest.raises(UserError, match="refused"):
+            source.load(check)
+        assert not (tmp_path / "cache").exists()
+        assert "corrupt" not in capsys.readouterr().err
+        refuse = False
+        assert len(source.load(check).train) == counts[-1] < counts[0] == counts[1] == 18, "and again on what is left"
+        capsys.readouterr()
+
+
+def test_a_cache_is_no_class(tmp_path: Path) -> None:
+    write_levels(tmp_path / "tree" / "train", 16)
+    (tmp_path / "link").symlink_to("tree")
+    for below in ("", "squares", "cat/squares"):
+        for root, folder in ((tmp_path / "tree" / "train",) * 2, (tmp_path / "tree", tmp_path / "link" / "train")):
+            with pytest.raises(UserError, match=r"dataset\.cache=.* would be one of the class folders"):
+                image_folder(root, cache=str(folder / below)).digest()
+    image_folder(tmp_path / "tree", cache=str(tmp_path / "tree" / "squares")).load()
 
 
 # What identifies them -------------------------------------------------------------------------------------------------

@@ -1,16 +1,20 @@
 """Encoders, projector and the normalization of embeddings."""
 
+import re
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import compose
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from scclr.components import check
+from scclr.config.errors import UserError
 from scclr.config.schema import ProjectorConfig
 from scclr.encoders.convnet import ConvNet
-from scclr.encoders.model import Model, make_projector
+from scclr.encoders.model import Model, activations, make_projector
 from scclr.encoders.resnet import ResNet
 
 PROJECTOR = ProjectorConfig(depth=2, hidden_dim=24, out_dim=12, batch_norm=True, normalize=True)
@@ -48,8 +52,6 @@ def test_convnet_halves_the_resolution_after_its_first_block(stride: int) -> Non
     assert last.shape[-1] == 16 // stride
     with pytest.raises(ValueError, match="stem_stride=3"):
         ConvNet(in_channels=1, widths=[8], stem_stride=3)
-    with pytest.raises(ValueError, match="widths"):
-        ConvNet(in_channels=1, widths=[], stem_stride=1)
 
 
 @pytest.mark.parametrize(("depth", "dim"), [(18, 512), (34, 512), (50, 2048)])
@@ -68,12 +70,13 @@ def test_resnet_stem_follows_the_image_size(depth: int, dim: int, channels: int)
 
 
 def test_resnet_warns_about_the_imagenet_stem_on_small_images() -> None:
-    with torch.device("meta"):
-        with pytest.warns(UserWarning, match="stem=auto suits them"):
-            ResNet(in_channels=3, image_size=32, depth=18, stem="imagenet")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            ResNet(in_channels=3, image_size=32, depth=18, stem="small")
+    with pytest.warns(UserWarning, match="a 7x7 stem .* on 32-pixel images: stem=auto suits them"):
+        ResNet(in_channels=3, image_size=32, depth=18, stem="imagenet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ResNet(in_channels=3, image_size=32, depth=18, stem="small")
+        ResNet(in_channels=3, image_size=96, depth=18, stem="imagenet")
+        check(compose("encoder=resnet18", "encoder.stem=imagenet"))  # no weight is made, so the run itself will warn
     with pytest.raises(ValueError, match="depth=19"):
         ResNet(in_channels=3, image_size=32, depth=19, stem="auto")
     with pytest.raises(ValueError, match="stem=tiny"):
@@ -88,3 +91,79 @@ def test_a_forward_pass_stays_on_its_device() -> None:
             model = Model(encoder, PROJECTOR, [0.5] * 3, [0.2] * 3)
             h, z = model(torch.rand(4, 3, 32, 32).contiguous(memory_format=torch.channels_last))
             assert h.device.type == z.device.type == "cuda"
+
+
+@pytest.mark.parametrize("size", [9, 32])
+@pytest.mark.parametrize("encoder", ["convnet", "resnet18"])
+def test_activations_are_a_part_of_what_the_backward_pass_keeps(encoder: str, size: int) -> None:
+    def make() -> Model:
+        if encoder == "convnet":
+            return Model(ConvNet(in_channels=1, widths=[8, 16], stem_stride=1), PROJECTOR, [0.5], [0.2])
+        return Model(ResNet(in_channels=1, image_size=size, depth=18, stem="auto"), PROJECTOR, [0.5], [0.2])
+
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, nn.Parameter):
+            kept[x.data_ptr()] = x.numel()
+        return x
+
+    images, model = torch.rand(4, 1, size, size), make()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(images)[1].sum().backward()
+    with torch.device("meta"):
+        least = 4 * activations(make().train(), size)
+    assert sum(kept.values()) / 3 < least < sum(kept.values())
+
+
+def test_activations_leave_the_model_as_it_was() -> None:
+    with torch.device("meta"):
+        model = Model(ConvNet(in_channels=3, widths=[8], stem_stride=1), PROJECTOR, [0.5] * 3, [0.2] * 3)
+    assert activations(model, 8) == activations(model, 8) > 0
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ([0], "from 1 to 100000"),
+        ([8, -1], "from 1 to 100000"),
+        ([100_001], r"widths=\[100001\]: give numbers of channels"),
+        ([2**63], "from 1 to 100000"),
+        ([8] * 101, "101 numbers: give 1 to 100"),
+        ([], "0 numbers: give 1 to 100"),
+    ],
+)
+def test_widths_have_a_range(widths: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ConvNet(in_channels=1, widths=widths, stem_stride=1)
+
+
+STEP = "2 views of 256 images, .* pixels each, take .* GiB or more of the .* GiB of memory: type "
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("augment.size=10000", STEP + "a smaller augment.size or encoder"),
+        ("augment.size=1000", STEP + r"pretrain\.micro_batch=\d+$"),
+        ("augment.size=1000 pretrain.micro_batch=128", "2 views of 128 images"),
+        ("augment.size=1000 nproc=2", r"2 views of 128 images, .* of the 4.0 GiB of memory of a process"),
+        ("augment.size=1000 pretrain.precision=bf16", STEP),
+        ("encoder.widths=[100000,100000]", "weights, gradients and optimizer take 5,.* type a smaller encoder"),
+        ("projector.hidden_dim=100000 projector.out_dim=100000", "projector.hidden_dim or projector.out_dim"),
+        ("encoder=resnet50 augment.size=224", r"pretrain\.micro_batch="),
+    ],
+)
+def test_what_cannot_fit_into_memory_is_refused(words: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scclr.components.memory_limit", lambda: 2**33)
+    with pytest.raises(UserError, match=message) as caught:
+        check(compose("device=cpu", *words.split()))
+    if advice := re.search(r"pretrain\.micro_batch=\d+", str(caught.value)):
+        check(compose("device=cpu", *(word for word in words.split() if "micro_batch" not in word), advice[0]))
+
+
+def test_the_default_run_fits_into_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scclr.components.memory_limit", lambda: 2**27)
+    check(compose("device=cpu"))

@@ -55,7 +55,7 @@ def test_show_writes_what_the_run_begins_with(scclr: Run, folder: Path, capsys: 
         (["augment.views=[{}]"], "two views or more"),
         (["augment=simcrl"], "did you mean simclr"),
         (["dataset=imagefolder", "dataset.root=nowhere", "dataset.image_size=8"], "nowhere: no such folder"),
-        (["-m", "seed=0,1"], "no such flag"),
+        (["-m", "seed=0,1"], "no flag of this command"),
     ],
 )
 def test_errors(words: list[str], message: str, scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

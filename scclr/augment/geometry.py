@@ -77,7 +77,11 @@ def blur_taps(sigma: Tensor, size: int, full: int) -> Taps:
 
 
 def rotate(x: Tensor, degrees: Tensor) -> Tensor:
-    """Rotate float x [R, C, H, W] counter-clockwise about its centre, bilinearly; pixels from outside are black."""
+    """Rotate float x [R, C, H, W] counter-clockwise about its centre, bilinearly; pixels from outside are black.
+
+    This is torchvision's ``rotate`` without a fill. Its ``RandomRotation`` fills with 0, which multiplies each pixel by
+    the share that lies inside a second time: pixels at the border of the turned image are darker there, by up to 0.25.
+    """
     n, _, height, width = x.shape
     angle = degrees.deg2rad().view(n, 1, 1)
     v = (torch.arange(height, device=x.device) + 0.5 - height / 2).view(1, -1, 1)  # from the centre

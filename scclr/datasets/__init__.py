@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -26,6 +26,7 @@ from scclr.datasets.files import OnDisk
 from scclr.datasets.longtail import class_counts
 
 CLASS_FOLDERS_ADVICE = "give dataset.root=<a folder with one folder for each class>"
+LEAST_STD = 1e-4  # a tenth of what rounding to 256 levels leaves of a channel; pixels divided by less overflow
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Source(ABC):
         validation: share of the training images that is held out to choose on; null where such a split is published.
         test: share of all images that is held out to report on, for a dataset without a test split of its own.
         split_seed: seed of the splits; runs that differ in ``seed`` alone have the same splits.
-        mean, std: per channel, of training pixels in [0, 1].
+        mean, std: per channel, of training pixels in [0, 1]; std is at least 1e-4.
         imbalance: thin the training images to a long tail, whose first class has this many times the images of the last
             (``longtail.class_counts``, from the count of the smallest class). Validation and test images are set apart
             before, so they are not thinned; nor is an unlabelled part.
@@ -141,10 +142,13 @@ class Source(ABC):
             raise ValueError(f"imbalance={self.imbalance}: give the ratio of the largest class to the smallest, from 1")
         if self.imbalance_profile not in longtail.PROFILES:
             raise ValueError(f"imbalance_profile={self.imbalance_profile}: choose {' or '.join(longtail.PROFILES)}")
-        in_range = all(0 <= m <= 1 for m in self.mean) and all(0 < s <= 1 for s in self.std)
+        in_range = all(0 <= m <= 1 for m in self.mean) and all(LEAST_STD <= s <= 1 for s in self.std)
         if not in_range or not 0 < len(self.mean) == len(self.std):
-            advice = "give one of each per channel, mean from 0 to 1, std positive and at most 1"
+            advice = f"give one of each per channel, mean from 0 to 1, std from {LEAST_STD} to 1"
             raise ValueError(f"mean={self.mean} and std={self.std}: {advice}")
+        for name in ("root", "cache"):
+            if getattr(self, name, None) == "":
+                raise ValueError(f"{name} is empty: give a folder; dataset.{name}=. is the current one")
 
     @abstractmethod
     def read(self) -> Parts:
@@ -163,19 +167,49 @@ class Source(ABC):
         root = None if self.published else getattr(self, "root", None)
         return "" if root is None else hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]
 
+    @property
+    def streamed(self) -> bool:
+        """Whether image files are decoded for every batch. Then training sees crops of them only."""
+        return False
+
     def materialize(self, data: ImageSet) -> ImageSet:
         """A split, once it is known which images it has, in the form that is used: in memory or on disk."""
         return data
 
-    def load(self) -> Splits:
+    def load(self, check: Callable[[Splits], None] | None = None) -> Splits:
         """Read, take a subset, split: a function of the files and the arguments alone.
 
+        Args:
+            check: is called with the splits before image files are decoded or a cache is built, and again if broken
+                files were left out. It raises an error if a run could not use them.
+
         Raises:
-            UserError: as ``read``; fewer than two classes, another number of channels than ``mean`` has, or a subset
-                that leaves too few images of a class to split.
+            UserError: as ``read`` and ``materialize``; another number of channels than ``mean`` has, or a subset that
+                leaves too few images of a class to split.
         """
+        splits = self._split()
+        if check is not None:
+            check(splits)
+        train, validation, test = (
+            self._readable(part, name, splits.classes)
+            for name, part in (("training", splits.train), ("validation", splits.validation), ("test", splits.test))
+        )
+        pretrain = train if splits.pretrain is splits.train else splits.pretrain
+        loaded = replace(splits, pretrain=pretrain, train=train, validation=validation, test=test)
+        if check is not None and len(train) + len(validation) < len(splits.train) + len(splits.validation):
+            check(loaded)
+        return loaded
+
+    def _readable(self, data: ImageSet, split: str, classes: Sequence[str]) -> ImageSet:
+        """``materialize``, which leaves broken files out, but no class."""
+        found = self.materialize(data)
+        lost = [classes[label] for label in sorted(set(data.labels.tolist()) - set(found.labels.tolist()))]
+        message = f"no readable {split} image is left of {len(lost)} classes, such as {lost[:1]}"
+        require(not lost, f"{message}; replace the broken files")
+        return found
+
+    def _split(self) -> Splits:
         full, held_out, names, unlabelled, validation = self.read()
-        require(len(names) > 1, f"{len(names)} class: {CLASS_FOLDERS_ADVICE}")
         channels = full.images.shape[1]
         advice = f"the images have {channels} channels; give mean and std of each"
         require(len(self.mean) == channels, f"dataset.mean={self.mean}: {advice}")
@@ -187,14 +221,13 @@ class Source(ABC):
             held_out = held_out and _keep(held_out, self.classes)
             validation = validation and _keep(validation, self.classes)
         if held_out is None:
-            full, held_out = self._carve(full, self.test, "test")
+            full, held_out = self._carve(full, self.test, "test", names)
         if self.limit is not None and self.limit < len(full):
-            full, _ = self._carve(full, len(full) - self.limit, "limit")
+            full, _ = self._carve(full, len(full) - self.limit, "limit", names)
         refit = self.imbalance is None and validation is None
         if validation is None:
-            full, validation = self._carve(full, self.validation, "validation")
+            full, validation = self._carve(full, self.validation, "validation", names)
         train = full if self.imbalance is None else self._thin(full, self.imbalance, names)
-        train, validation, held_out = (self.materialize(part) for part in (train, validation, held_out))
         pretrain = train
         if unlabelled is not None:
             order = torch.from_numpy(np.random.default_rng(self.split_seed).permutation(len(unlabelled)))
@@ -204,6 +237,7 @@ class Source(ABC):
 
     def _thin(self, data: ImageSet, imbalance: float, names: Sequence[str]) -> ImageSet:
         """A long tail of ``data``: the first images of every class, in an order that depends on ``split_seed``."""
+        require(len(names) > 1, f"dataset.imbalance={imbalance:g} needs two classes or more: {CLASS_FOLDERS_ADVICE}")
         most = int(torch.bincount(data.labels, minlength=len(names)).min())
         counts = class_counts(most, len(names), imbalance, self.imbalance_profile)
         advice = f"give at most {most}, its images of the smallest class"
@@ -212,15 +246,22 @@ class Source(ABC):
         kept = [order[data.labels[order] == c][:n] for c, n in enumerate(counts)]
         return data[torch.cat(kept).sort().values]
 
-    def _carve(self, data: ImageSet, share: float | int | None, name: str) -> tuple[ImageSet, ImageSet]:
+    def _carve(
+        self, data: ImageSet, share: float | int | None, name: str, classes: Sequence[str]
+    ) -> tuple[ImageSet, ImageSet]:
         """(the rest, a stratified part that has this share or count of the images)."""
         require(share is not None, f"dataset.{name} is null, and this dataset has no {name} split to fall back on")
         rows, labels = np.arange(len(data)), data.labels.numpy()
+        lone = [classes[c] for c in np.flatnonzero(np.bincount(labels) == 1).tolist()]
+        split = f"dataset.{name}={getattr(self, name)} cannot split these {len(data)} images"
+        limited = name == "validation" and self.limit is not None
+        advice = "type a larger dataset.limit" if limited else "give more of them, or leave these classes out"
+        require(not lone, f"{split}: {len(lone)} classes have one image only, such as {lone[:1]}; {advice}")
         try:
             rest, part = train_test_split(rows, test_size=share, stratify=labels, random_state=self.split_seed)
         except ValueError as error:
-            message = f"dataset: {len(data)} images are too few for dataset.{name}"
-            raise UserError(f"{message}: give more images, or fewer classes ({error})") from error
+            message = f"{split}: each part takes an image of each of the {len(classes)} classes"
+            raise UserError(f"{message}; give another number, or more images") from error
         return data[torch.from_numpy(rest)], data[torch.from_numpy(part)]
 
 

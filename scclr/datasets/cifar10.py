@@ -17,6 +17,7 @@ class CIFAR10(Source):
 
     root: str
     published: ClassVar[bool] = True
+    image_size: ClassVar[int] = 32
     reader: ClassVar[Any] = Reader
 
     def read(self) -> Parts:

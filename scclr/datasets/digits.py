@@ -14,6 +14,7 @@ class Digits(Source):
     """The default dataset: nothing to download. It has no test split, so ``test`` sets the share that is set apart."""
 
     published: ClassVar[bool] = True
+    image_size: ClassVar[int] = 8
 
     def read(self) -> Parts:
         digits = load_digits()  # values 0..16

@@ -159,19 +159,20 @@ class Files(OnDisk):
         for i, row in enumerate(rows.tolist()):
             for candidate in self._candidates(row) if replacing else [row]:
                 path = self._path(candidate)
+                shown = printable(path)
                 try:
                     with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
                         images[i] = pixels(i, image)
                     break
                 except UNREADABLE as error:
                     broken = not isinstance(error, OSError) or error.errno in (None, errno.ENOENT)
-                    text = one_line(error).removesuffix(repr(path)).rstrip(": ") or type(error).__name__
+                    text = one_line(error).removesuffix(repr(path)).rstrip(": .") or type(error).__name__
                     advice = "" if broken else "; check the disk or the network, and type the command again"
-                    problems.append(Problem(i, path, f"{text}{advice}", broken))
+                    problems.append(Problem(i, shown, f"{text}{advice}", broken))
             else:
                 if replacing:
                     text = "no readable image of its class is left; replace the broken files"
-                    problems.append(Problem(i, path, text, False))
+                    problems.append(Problem(i, shown, text, False))
         black = torch.zeros_like(next(iter(images.values()), torch.empty(3, self.size, self.size, dtype=torch.uint8)))
         return Block(torch.stack([images.get(i, black) for i in range(len(rows))]), problems)
 
@@ -193,3 +194,8 @@ class Files(OnDisk):
 
     def _path(self, row: int) -> str:
         return str(self.root / os.fsdecode(bytes(self.names[self.index[row]])))
+
+
+def printable(path: str) -> str:
+    """``path`` in one line of UTF-8, with escapes for line breaks and for bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in path)

@@ -1,9 +1,11 @@
 """Any tree of image files with one folder for each class."""
 
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
@@ -72,6 +74,11 @@ class ImageFolder(Source):
         folders = [root / name for name in ("train", "test", "val") if os.path.isdir(root / name)]
         if root / "train" not in folders:
             folders = [root]
+        if self.cache is not None:
+            inside = [folder for folder in folders if Path(self.cache).resolve().is_relative_to(folder.resolve())]
+            require(
+                not inside, f"dataset.cache={self.cache} would be one of the class folders: give a folder elsewhere"
+            )
         train, classes = self.tree(folders[0])
         if len(folders) == 1:
             return Parts(train, None, classes)
@@ -100,6 +107,10 @@ class ImageFolder(Source):
         content = b"".join(field + b"\0" for row in sorted(rows) for field in row)
         return hashlib.sha256(content).hexdigest()[:16]
 
+    @property
+    def streamed(self) -> bool:
+        return not self.in_memory and self.cache is None
+
     @cached_property
     def _content(self) -> str:
         return self.digest()  # once for all splits
@@ -110,6 +121,10 @@ class ImageFolder(Source):
             data = ImageSet(mapped, data.labels[readable])
         if not (self.in_memory and isinstance(data.images, OnDisk)):
             return data
+        size, limit = math.prod(data.images.shape), memory_limit()
+        need = f"{len(data):,} images of {self.image_size} x {self.image_size} pixels take {size / 2**30:,.1f} GiB"
+        advice = "type dataset.in_memory=false or a smaller dataset.image_size"
+        require(size < limit, f"{need} of {limit / 2**30:,.1f} GiB of memory: {advice}")
         images, readable = torch.empty(data.images.shape, dtype=torch.uint8), torch.ones(len(data), dtype=torch.bool)
         start = 0
         for part, mask in data.images.iterate(replace_broken=False):
@@ -143,7 +158,7 @@ class ImageFolder(Source):
         require(bool(classes), f"{folder}: no class folders; {advice}")
         empty = [classes[label] for label in sorted({*range(len(classes))} - {*labels})]
         what = f"{len(empty)} class folders have no images of their own, such as {empty[:1]}"
-        require(not empty, f"{folder}: {what}; {advice}")
+        require(not empty, f"{folder}: {what}; take them out, or {advice}")
         if others and not self.published:
             kinds = ", ".join(f"{kind} {n:,}" for kind, n in others.most_common(5))
             _say_once(f"{folder}: {others.total():,} files of other kinds are left out ({kinds})")
@@ -169,6 +184,15 @@ def default_workers() -> int:
     value = os.environ.get("LOCAL_WORLD_SIZE", "")
     processes = max(1, int(value)) if value.isdecimal() else 1
     return min(max(1, available_cores() // processes), MOST_WORKERS)
+
+
+def memory_limit() -> int:
+    """Bytes of main memory that this process may use: those of the machine, or fewer in a container."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        with suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            limits.append(int(path.read_text()))
+    return min(limits)
 
 
 def refuse_outside(source: Path, names: Sequence[str], advice: str) -> None:

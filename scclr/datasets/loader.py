@@ -76,11 +76,16 @@ def with_view_size(augment: Augment, images: Tensor | OnDisk) -> Augment:
     Raises:
         UserError: a rotation of image files. It comes before the crop, but files are cut while they are read.
     """
+    if isinstance(images, Files):
+        refuse_rotation(augment)
+    return replace(augment, size=augment.size or images.shape[-1])
+
+
+def refuse_rotation(augment: Augment) -> None:
+    """Raise ``UserError`` if ``augment`` rotates images."""
     rotation = max(recipe.rotation for recipe in augment.recipes)
     advice = "type augment.rotation=0, or give dataset.cache=<folder> or dataset.in_memory=true"
-    possible = not (isinstance(images, Files) and rotation > 0)
-    require(possible, f"augment.rotation={rotation:g} needs whole images, not files: {advice}")
-    return replace(augment, size=augment.size or images.shape[-1])
+    require(rotation == 0, f"augment.rotation={rotation:g} needs whole images, not files: {advice}")
 
 
 def views(data: ImageSet, augment: Augment, *, seed: int, step: int) -> Tensor:

@@ -26,6 +26,7 @@ class MNIST(Source):
 
     root: str | None
     published: ClassVar[bool] = True
+    image_size: ClassVar[int] = 28
     reader: ClassVar[Any] = Reader
     installed: ClassVar[Path | None] = None
     advice: ClassVar[str] = "give dataset.root=<the folder of the four idx files>, or a network to download them"

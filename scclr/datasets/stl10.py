@@ -21,6 +21,7 @@ class STL10(Source):
 
     root: str
     published: ClassVar[bool] = True
+    image_size: ClassVar[int] = 96
 
     def read(self) -> Parts:
         root = Path(self.root)

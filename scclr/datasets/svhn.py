@@ -21,6 +21,7 @@ class SVHN(Source):
 
     root: str
     published: ClassVar[bool] = True
+    image_size: ClassVar[int] = 32
 
     def read(self) -> Parts:
         root = Path(self.root)

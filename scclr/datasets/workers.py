@@ -3,6 +3,7 @@
 import ctypes
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -30,18 +31,21 @@ def read_ahead(job: Callable[[int], T], keys: Sequence[int], workers: int, pin: 
     workers = min(workers, len(keys) - 1)  # one job gains nothing from a process of its own
     # A fork takes a moment only, and the workers never touch CUDA.
     context = "fork" if workers > 0 and sys.platform == "linux" else None
-    loader = DataLoader(
-        _Jobs(job),
-        batch_size=None,
-        sampler=keys,
-        num_workers=max(0, workers),
-        pin_memory=pin,
-        multiprocessing_context=context,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # the default would draw from the global generator
-    )
+    with warnings.catch_warnings():  # somebody who types a number of workers may know better than PyTorch
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader = DataLoader(
+            _Jobs(job),
+            batch_size=None,
+            sampler=keys,
+            num_workers=max(0, workers),
+            pin_memory=pin,
+            multiprocessing_context=context,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # the default would draw from the global generator
+        )
+        stream = iter(loader)
     try:
-        yield from loader
+        yield from stream
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

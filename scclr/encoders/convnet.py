@@ -5,6 +5,8 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MOST_BLOCKS, MOST_CHANNELS = 100, 100_000
+
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with batch normalization and a shortcut (He et al. 2016, fig. 5 left)."""
@@ -32,17 +34,19 @@ class ConvNet(nn.Module):
     resolution.
 
     Args:
-        widths: channels of each block; the last one is ``feature_dim``.
+        widths: channels of each block, from 1 to 100000; the last one is ``feature_dim``. There may be 100 blocks.
         stem_stride: 1, or 2 for a quarter of the work; that suits images above 16 pixels.
 
     Raises:
-        ValueError: for no widths, a width below 1, or a stride other than 1 and 2.
+        ValueError: for no widths, too many or one out of range, or a stride other than 1 and 2.
     """
 
     def __init__(self, *, in_channels: int, widths: list[int], stem_stride: int) -> None:
         super().__init__()
-        if not widths or min(widths) < 1:
-            raise ValueError(f"widths={widths}: give one or more positive numbers of channels")
+        if not 1 <= len(widths) <= MOST_BLOCKS:
+            raise ValueError(f"widths has {len(widths)} numbers: give 1 to {MOST_BLOCKS}, one for each block")
+        if not all(1 <= width <= MOST_CHANNELS for width in widths):
+            raise ValueError(f"widths={widths}: give numbers of channels from 1 to {MOST_CHANNELS}")
         if stem_stride not in (1, 2):
             raise ValueError(f"stem_stride={stem_stride}: give 1 or 2")
         self.feature_dim = widths[-1]

@@ -50,6 +50,24 @@ class Model(nn.Module):
         return h, F.normalize(z, dim=1) if self.normalize else z
 
 
+@torch.no_grad()
+def activations(model: Model, side: int) -> int:
+    """How many numbers the backward pass keeps of an image of ``side`` x ``side`` pixels, at least: the outputs of
+    convolutions and linear layers.
+
+    ``model`` is on the meta device, where nothing is computed or allocated.
+    """
+    found = []
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    handles = [layer.register_forward_hook(lambda _, __, output: found.append(output.numel())) for layer in layers]
+    training = model.training
+    model.eval()(torch.empty(1, model.channels, side, side, device="meta"))
+    model.train(training)
+    for handle in handles:
+        handle.remove()
+    return sum(found)
+
+
 def make_projector(in_dim: int, config: ProjectorConfig) -> nn.Sequential:
     """``depth`` linear layers with ReLU, and batch norm if configured, in between; the identity if ``depth`` is 0."""
     layers: list[nn.Module] = []
