@@ -1,30 +1,38 @@
-"""The record of a run: ``metrics.jsonl``, its other files, a progress bar, and Weights & Biases.
+"""The record of a run: ``metrics.jsonl``, its other files, its progress, and Weights & Biases.
 
 Only this module imports wandb.
 """
 
 import json
+import os
+import re
 import secrets
 import shutil
 import sys
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import wandb
 from PIL import Image
-from tqdm import tqdm
 
 from scclr.config.errors import UserError, one_line
 from scclr.config.schema import TrackingConfig
 from scclr.run.files import write_atomic, write_json, write_text
+from scclr.run.progress import Progress, shares_terminal
+from scclr.run.wandb_environment import (
+    OFFLINE,
+    make_folder,
+    require_key,
+    require_server,
+    say_ignored,
+    variable,
+    wandb_environment,
+)
 
-FINISH_SECONDS = 60  # for W&B to upload what is left when a run is over
-LINE_SECONDS = 30  # between two lines of progress if standard error is no terminal
-SHOWN = {"loss": "loss", "attract": "A", "repel": "R", "knn": "kNN", "lr": "lr", "images_per_second": "img/s"}
+LIMITS: dict[str, Any] = {"init_timeout": 10, "finish_timeout": 60}  # seconds for W&B to begin and to end a run
 
 
 class Log:
@@ -75,7 +83,15 @@ class RunLog(Log):
     ``metrics.jsonl`` is the record: one JSON object a row, flushed at once. When a run is resumed, rows after its
     checkpoint are dropped and the others are sent to W&B again, so that an offline W&B run is whole too.
 
+    In W&B every metric is a chart over ``step``, the finished training steps; the final numbers are points at the last
+    one. The variables WANDB_NAME, WANDB_RUN_GROUP and WANDB_JOB_TYPE replace what is given here, WANDB_TAGS adds to it.
+
     Args:
+        directory: the run folder, whose name is that of the run in W&B.
+        group: all seeds of a configuration share it.
+        job_type: what the run does, such as ``pretrain``.
+        tags: words to find the run by.
+        settings: the configuration.
         start: steps that the checkpoint holds; 0 for a fresh run.
 
     Raises:
@@ -83,16 +99,35 @@ class RunLog(Log):
     """
 
     def __init__(
-        self, directory: Path, config: TrackingConfig, *, name: str, group: str, settings: Mapping[str, Any], start: int
+        self,
+        directory: Path,
+        config: TrackingConfig,
+        *,
+        group: str,
+        job_type: str,
+        tags: Sequence[str],
+        settings: Mapping[str, Any],
+        start: int,
     ) -> None:
         super().__init__()
-        self.directory, self.path = directory, directory / "metrics.jsonl"
+        self.directory, self.path, self.step = directory, directory / "metrics.jsonl", start
+        self.bar: Progress | None = None
+        self.pictures: dict[str, Any] = {}
         rows = [row for row in read_rows(self.path) if row["step"] <= start and start > 0]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        self.wandb = _start_wandb(directory, config, name, group, settings, resumed=start > 0)
+        words = [*tags, *(variable("TAGS") or "").split(",")]
+        shown = {
+            "name": variable("NAME") or directory.name,
+            "group": variable("RUN_GROUP") or group,
+            "job_type": variable("JOB_TYPE") or job_type,
+            "notes": variable("NOTES"),
+            "tags": list(dict.fromkeys(word.strip()[:64] for word in words if word.strip())),  # W&B's longest tag
+            "config": dict(settings),
+        }
+        self.wandb = None if config.mode == "disabled" else _start_wandb(directory, config, shown, resumed=start > 0)
+        self._send(lambda run: run.define_metric("step", hidden=True))
+        self._send(lambda run: run.define_metric("*", step_metric="step"))
         self.file: IO[str] = open(self.path, "a")  # noqa: SIM115
-        self.bar: tqdm | None = None
-        self.pictures: dict[str, Any] = {}
         for row in rows:
             self._note(row.pop("step"), row)
 
@@ -115,26 +150,24 @@ class RunLog(Log):
             threading.Thread(target=_teardown, daemon=True).start()  # so that the next run starts its service anew
 
     def _note(self, step: int, row: dict[str, float]) -> None:
+        self.step = step
         self.latest |= row
-        self._send(lambda run: run.log(row | self.pictures, step=step))
+        self._chart(row, step)
+
+    def _chart(self, values: Mapping[str, float], wandb_step: int | None) -> None:
+        point = {"step": self.step, **values, **self.pictures}
+        self._send(lambda run: run.log(point, step=wandb_step))
         self.pictures.clear()
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr)
+        name = f"{self.directory.name}: " if shares_terminal() and self.directory.name not in text else ""
+        print("\n".join(f"{name}{line}" for line in text.split("\n")), file=sys.stderr)
 
     def show(self, text: str) -> None:
         print(text)
 
     def progress(self, start: int, total: int, epochs: int) -> None:
-        self.epochs, self.total, self.shown = epochs, total, time.monotonic()
-        self.bar = tqdm(
-            total=total,
-            initial=start,
-            desc="pretrain",
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-            bar_format="{desc} {percentage:3.0f}% |{bar:12}| {elapsed}<{remaining}{postfix}",
-        )
+        self.bar = Progress(start, total, epochs, self.say)
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         row = {f"pretrain/{key}": value for key, value in values.items()}
@@ -142,25 +175,14 @@ class RunLog(Log):
         self.file.flush()
         self._note(step, row)
         if self.bar is not None:
-            self._show_progress(self.bar, step)
-
-    def _show_progress(self, bar: tqdm, step: int) -> None:
-        shown = {name: self.latest.get(f"pretrain/{key}") for key, name in SHOWN.items()}
-        figures = " ".join(f"{name} {_short(value)}" for name, value in shown.items() if value is not None)
-        figures = f"epoch {self.latest['pretrain/epoch']:.3g}/{self.epochs} {figures}"
-        if not bar.disable:
-            bar.set_postfix_str(figures, refresh=False)
-            bar.update(step - bar.n)
-        elif time.monotonic() - self.shown >= LINE_SECONDS or step == self.total:
-            self.say(f"pretrain {100 * step / self.total:3.0f}% {figures}")
-            self.shown = time.monotonic()
+            self.bar.show(step, self.latest)
 
     def end_progress(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
     def summary(self, metrics: Mapping[str, float]) -> None:
-        self._send(lambda run: run.summary.update(dict(metrics)))
+        self._chart(metrics, None)  # if W&B has the last step from an earlier attempt, it drops what comes with it
 
     def text(self, name: str, text: str) -> None:
         write_text(self.directory / name, text)
@@ -171,16 +193,13 @@ class RunLog(Log):
     def picture(self, name: str, image: Callable[[], Image.Image]) -> None:
         path, page = self.directory / f"{name}.png", image()
         write_atomic(path, lambda file: page.save(file, format="png"))
-        self.pictures[name] = wandb.Image(str(path))
+        if self.wandb is not None:
+            self.pictures[name] = wandb.Image(str(path))
 
 
 def _teardown() -> None:
     with suppress(Exception):
         wandb.teardown()
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -191,36 +210,86 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             break
-        if not (isinstance(row, dict) and "step" in row):
+        numbers = isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values())
+        if not (numbers and isinstance(row.get("step"), int)):
             break
         rows.append(row)
     return rows
 
 
-def _start_wandb(
-    directory: Path, config: TrackingConfig, name: str, group: str, settings: Mapping[str, Any], *, resumed: bool
-) -> Any:
-    identity = directory / "wandb" / "run-id"  # kept, so that a resumed run goes on in the same W&B run
-    if config.mode != "disabled":
-        identity.parent.mkdir(exist_ok=True)
-        if not (resumed and identity.exists()):
-            identity.write_text(secrets.token_hex(4))
-        for stale in identity.parent.glob("offline-run-*"):  # its rows are sent again, or belong to no checkpoint
-            shutil.rmtree(stale)
-    known = "finish_timeout" in wandb.Settings.model_fields  # older versions wait for ever
-    patience: dict[str, Any] = {"finish_timeout": FINISH_SECONDS} if known else {}
+def check_tracking(config: TrackingConfig) -> None:
+    """Refuse what W&B would refuse, before a run folder is made, and say once which of its variables have no effect.
+
+    Raises:
+        UserError: a variable with a wrong value, a folder that cannot be written, and with ``online`` no key, or no
+            server that answers within seconds.
+    """
+    if config.mode == "disabled":
+        return
+    say_ignored()
+    with wandb_environment():
+        for name, value in os.environ.items():
+            if name.startswith("WANDB_"):
+                _check_variable(name, value)
+    if config.dir is not None:
+        make_folder(Path(config.dir))
+    if config.mode == "online":
+        require_key()
+        with wandb_environment():
+            session = wandb.sdk.wandb_setup.singleton()
+            settings = None if session is None else session.settings
+        if settings is not None:  # older versions learn of their server only when they start
+            proxies = {"http": settings.http_proxy, "https": settings.https_proxy}
+            given = tuple((scheme, proxy) for scheme, proxy in proxies.items() if proxy)
+            require_server(variable("BASE_URL") or settings.base_url, given)
+
+
+def _check_variable(name: str, value: str) -> None:
     try:
-        return wandb.init(
-            mode=config.mode,  # type: ignore[arg-type]
-            project=config.project,
-            entity=config.entity,
-            id=identity.read_text() if config.mode != "disabled" else None,
-            resume="allow" if config.mode == "online" else None,
-            dir=str(directory.resolve()),  # W&B's service process has a working directory of its own
-            name=name,
-            group=group,
-            config=dict(settings),
-            settings=wandb.Settings(silent=True, console="off", **patience),
-        )
-    except wandb.errors.Error as error:
-        raise UserError(f"W&B does not start ({one_line(error)}): log in, or type tracking.mode=offline") from error
+        wandb.Settings().update_from_env_vars({name: value})
+    except (ValueError, wandb.errors.Error) as error:
+        details = getattr(error, "errors", None)  # of pydantic, whose text has several lines
+        reason = details()[0]["msg"].removeprefix("Value error, ") if details else one_line(error)
+        shown = name if re.search("KEY|TOKEN|HEADER|PROX", name) else f"{name}={value}"
+        raise UserError(f"{shown}: W&B refuses this value ({reason}); correct it, or type unset {name}") from error
+
+
+def _start_wandb(directory: Path, config: TrackingConfig, shown: Mapping[str, Any], *, resumed: bool) -> Any:
+    own = directory / "wandb"
+    base = Path(config.dir or directory).resolve()  # W&B's service process has a working directory of its own
+    make_folder(own)
+    make_folder(base)
+    limits = {k: v for k, v in LIMITS.items() if k in wandb.Settings.model_fields and variable(k.upper()) is None}
+    try:
+        with wandb_environment(spare=own):
+            return wandb.init(
+                mode=config.mode,  # type: ignore[arg-type]
+                project=config.project,
+                entity=config.entity,
+                id=_identity(own, base / "wandb", resumed=resumed),
+                resume="allow" if config.mode == "online" else None,
+                dir=str(base),
+                settings=wandb.Settings(silent=True, console="off", **limits),
+                **shown,
+            )
+    except (wandb.errors.Error, ValueError, RuntimeError) as error:
+        raise UserError(f"W&B does not start ({one_line(error)}); mend this, {OFFLINE}") from error
+
+
+def _identity(own: Path, files: Path, *, resumed: bool) -> str:
+    """The W&B run of a run folder: the same as before if ``resumed``. Its older offline files are deleted.
+
+    Args:
+        own: a folder inside the run folder.
+        files: where W&B writes.
+    """
+    path = own / "run-id"
+    known = path.read_text() if path.exists() else ""
+    if not re.fullmatch("[0-9a-f]{8}", known):
+        known, resumed = "", False
+    for folder in {own, files} if known else ():
+        for stale in folder.glob(f"offline-run-*-{known}"):  # its rows are sent again, or belong to no checkpoint
+            shutil.rmtree(stale)
+    if not resumed:
+        path.write_text(known := secrets.token_hex(4))
+    return known
