@@ -1,8 +1,12 @@
 """scclr: self-supervised contrastive learning with a balance between attraction and repulsion.
 
+``scclr.train``, ``scclr.load`` and ``scclr.results`` are the command line's work from Python. The losses are in
+``scclr.losses``. This file imports nothing that takes time.
+
 In the order in which data flows, from a command line to ``result.json``:
 
     cli          the command line, its help and its exit codes
+    api          runs from Python
     config       the configuration: schema, composition, identity of a run, construction of components
     train        the stages of a run in order; components builds what they need
     datasets     images and labels, their splits, and what each training step reads
@@ -14,8 +18,63 @@ In the order in which data flows, from a command line to ``result.json``:
     theory       how far the loss is from the supervised objective that it approximates
     run          what keeps a run alive and on record: files, checkpoints, signals, processes, log, sweeps
 
-Imports point down the list ``__main__``, cli, train, components, theory, pretrain, evaluate, datasets, encoders, run,
-losses, augment, config.
+Imports point down the list ``__main__``, cli, api, train, components, theory, pretrain, evaluate, datasets, encoders,
+run, losses, augment, config.
 """
 
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scclr.config.errors import UserError
+
+if TYPE_CHECKING:
+    from scclr.api import Run
+
+__all__ = ["UserError", "load", "results", "train"]
 __version__ = "0.1.0"
+
+
+def train(*words: str) -> "Run":
+    """Do one run, as ``scclr train <words>`` does, and load it: ``scclr.train("loss=balanced", "alpha=0.5")``.
+
+    A run with these words that is finished is only loaded, and one that was interrupted goes on from its checkpoint.
+    Ctrl-C saves one first. Torch's random generators and settings are afterwards as they were.
+
+    Args:
+        words: ``key=value``, ``group=choice`` and flags such as ``"--config-dir=my_conf"``.
+
+    Raises:
+        UserError: the words, the data or the machine do not allow the run; the message says what to give instead.
+    """
+    from scclr import api
+
+    return api.train(*words)
+
+
+def load(directory: str | Path, trust: Iterable[str] = ()) -> "Run":
+    """The finished run in a run folder, with its ``config``, ``metrics``, ``model``, ``encoder`` and ``features``.
+
+    Args:
+        trust: packages outside scclr whose components the run may be made of. To build them runs their code.
+
+    Raises:
+        UserError: the folder holds no finished run, or one of an untrusted component.
+    """
+    from scclr import api
+
+    return api.Run(directory, trust)
+
+
+def results(directory: str | Path) -> list[dict[str, Any]]:
+    """One flat dict for each finished run below a folder: ``pandas.DataFrame(scclr.results("runs"))``.
+
+    It has the folder, the loss, every key of the configuration (``alpha``, ``seed``, ``loss.temperature``), the
+    metrics (``probe/logreg/top1``, as fractions), and the seconds of each stage.
+
+    Raises:
+        UserError: there are none, or a file about one is damaged.
+    """
+    from scclr import api
+
+    return api.results(directory)

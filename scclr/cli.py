@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from scclr import __version__
@@ -44,12 +45,23 @@ examples
   scclr show dataset=fashion_mnist augment=crop
   scclr show dataset=imagefolder dataset.root=photos dataset.image_size=96 augment=byol"""
 
+NEW_HELP = """\
+usage: scclr new loss <name>
+
+Write <name>.py, my_conf/loss/<name>.yaml and test_<name>.py into the current folder: a loss of your own to start from.
+
+example
+  scclr new loss margin
+  scclr train --config-dir my_conf loss=margin alpha=0.4"""
+
 
 def main() -> NoReturn:
-    """Run ``sys.argv`` and exit."""
+    """Run ``sys.argv`` and exit. Modules of the user's own are found in the current folder, after all others."""
     from scclr.run.output import survive_closed_output
 
     survive_closed_output()
+    with suppress(OSError):  # the folder was deleted
+        sys.path += [folder for folder in (os.getcwd(),) if folder not in sys.path]
     sys.exit(dispatch(sys.argv[1:]))
 
 
@@ -69,10 +81,10 @@ def dispatch(argv: list[str]) -> int:
         print(f"scclr: error: no such command: {argv[0]}{hint}", file=sys.stderr)
         return 2
     command, _, help_text = COMMANDS[argv[0]]
-    if "-h" in argv or "--help" in argv:
-        print(help_text())
-        return 0
-    return guarded(argv[0], command, argv[1:])
+    words = [word for word in argv[1:] if word not in ("-h", "--help")]
+    if len(words) < len(argv) - 1:
+        return guarded(argv[0], lambda words: print(help_text(words)), words)
+    return guarded(argv[0], command, words)
 
 
 def overview() -> str:
@@ -236,23 +248,32 @@ def show(argv: list[str]) -> None:
     from scclr.config.compose import parse, plan
 
     command = parse(argv)
-    require(not command.flags, f"{' '.join(command.flags)}: no such flag; `scclr show --help` says what it takes")
+    one = not command.sweep and not command.shows_only
+    require(one, f"{' '.join(command.flags)}: no flag of this command; `scclr show --help` says what it takes")
     ((_, config, identity),) = prepare_points(plan(command))
 
-    from scclr.config.build import build
+    from scclr.components import make_augment, make_dataset
     from scclr.datasets.show import sheet, write_sheet
 
-    page = sheet(build("dataset", config.dataset).load(), build("augment", config.augment), seed=config.seed)
+    page = sheet(make_dataset(config).load(), make_augment(config), seed=config.seed)
     identity.directory.mkdir(parents=True, exist_ok=True)
     print(write_sheet(page, identity.directory))
 
 
-def train_help() -> str:
-    """``scclr train --help``."""
+def new(argv: list[str]) -> None:
+    """``scclr new loss NAME``: write the files that a loss of one's own starts from."""
+    from scclr.losses.new import write_loss
+
+    require(len(argv) == 2 and argv[0] == "loss", "type scclr new loss <name>, such as scclr new loss margin")
+    print(write_loss(argv[1]))
+
+
+def train_help(words: list[str]) -> str:
+    """``scclr train --help``; with ``--config-dir``, the choices of that folder too."""
     from scclr.config.compose import described_keys, groups, parse
 
     keys = "\n".join(f"  {key:<22} {text}" for key, text in described_keys())
-    choices = "\n".join(f"  {name:<15} {', '.join(stems)}" for name, stems in groups(parse([])).items() if stems)
+    choices = "\n".join(f"  {name:<15} {', '.join(stems)}" for name, stems in groups(parse(words)).items() if stems)
     return (
         "usage: scclr train [-m] [group=choice ...] [key=value ...]\n\n"
         "Pretrain an encoder, then evaluate it frozen. With -m, do so for every combination of values.\n\n"
@@ -262,8 +283,9 @@ def train_help() -> str:
     )
 
 
-COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, Callable[[], str]]] = {
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, Callable[[list[str]], str]]] = {
     "train": (train, "pretrain an encoder and evaluate it frozen", train_help),
-    "sweep-status": (sweep_status, "count what is done, running, failed, stopped or missing", lambda: STATUS_HELP),
-    "show": (show, "draw the views that pretraining will see", lambda: SHOW_HELP),
+    "sweep-status": (sweep_status, "count what is done, running, failed, stopped or missing", lambda _: STATUS_HELP),
+    "show": (show, "draw the views that pretraining will see", lambda _: SHOW_HELP),
+    "new": (new, "write the files that a loss of your own starts from", lambda _: NEW_HELP),
 }

@@ -3,14 +3,14 @@
 Every process of a run walks through the stages in the same way; only the main one writes and prints (``Log``).
 """
 
-import copy
-import os
-import time
+import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hydra
@@ -19,11 +19,20 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from scclr.components import check_data, load_weights, make_loss, make_model, pick_device, prepare
-from scclr.config.build import build
+import scclr
+from scclr.components import (
+    check_data,
+    make_augment,
+    make_dataset,
+    make_loss,
+    make_models,
+    make_optimizer,
+    pick_device,
+    prepare,
+)
 from scclr.config.compose import conf_dir, resolve_job
 from scclr.config.errors import UserError, one_line
-from scclr.config.resolve import RunIdentity, refuse_other
+from scclr.config.resolve import RunIdentity, refuse_other, sources
 from scclr.config.schema import TrainConfig
 from scclr.datasets import Splits
 from scclr.datasets.loader import batch_indices
@@ -33,14 +42,14 @@ from scclr.evaluate.probe import knn_accuracy, probe_encoder, probe_pixels
 from scclr.pretrain.loop import precision_dtype, pretrain
 from scclr.pretrain.optim import anneal, describe
 from scclr.pretrain.state import NotFiniteError, TrainState
-from scclr.run import distributed, machine
-from scclr.run.checkpoint import Checkpoints, load, resume
+from scclr.run import distributed, machine, torchrun
+from scclr.run.checkpoint import Checkpoints, resume
 from scclr.run.files import storage_error
 from scclr.run.launch import launch
 from scclr.run.lock import HeldError, run_lock
 from scclr.run.output import survive_closed_output
 from scclr.run.preemption import CheckpointSchedule, Stop
-from scclr.run.result import hint, read_result, summary, validation_accuracy
+from scclr.run.result import Clock, hint, read_result, summary, validation_accuracy
 from scclr.run.sweep import fail
 from scclr.run.tracking import Log, RunLog
 from scclr.theory.forecast import forecast_collapse
@@ -56,8 +65,9 @@ PARTS_CAVEAT = (
 def main(composed: DictConfig) -> float | None:
     """One run, called by a launcher of Hydra's, or by a sweeper that optimizes the validation accuracy it returns."""
     settings = HydraConfig.get()
-    config = resolve_job(composed, settings.runtime.choices)
-    return validation_accuracy(run(*prepare(config, list(settings.overrides.task))))
+    overrides = list(settings.overrides.task)
+    survive_closed_output()
+    return validation_accuracy(run(*prepare(resolve_job(composed, settings.runtime.choices, overrides), overrides)))
 
 
 def run(config: TrainConfig, identity: RunIdentity) -> dict[str, Any]:
@@ -81,7 +91,7 @@ def run(config: TrainConfig, identity: RunIdentity) -> dict[str, Any]:
             known = isinstance(error, UserError)
             fail(directory, str(error) if known else f"{type(error).__name__}: {one_line(error)}")
         raise
-    if int(os.environ.get("RANK") or 0) > 0:
+    if not torchrun.is_main():
         return {}
     result = read_result(directory)
     refuse_other(config, result["config"], directory)
@@ -98,26 +108,23 @@ def work(job: tuple[TrainConfig, RunIdentity]) -> None:
         SystemExit: a signal asked the run to stop; the last finished step is in a checkpoint.
     """
     config, identity = job
-    survive_closed_output()
     machine.keep_freed_memory()
     try:
         with Stop() as stop, distributed.process_group(pick_device(config.device)) as device:
             repeatable = device.type == "cpu" if config.deterministic is None else config.deterministic
             with machine.deterministic_kernels(repeatable):
                 run_stages(config, identity, device, stop)
-    except torch.OutOfMemoryError as error:
-        advice = "type pretrain.micro_batch=64, which keeps the gradient, or a smaller pretrain.batch_size"
-        raise UserError(f"{one_line(error)}; {advice}") from error
     except OSError as error:
         raise storage_error(error) or error from error
+    except (RuntimeError, MemoryError) as error:
+        raise machine.memory_error(error) or error from error
 
 
 def run_stages(config: TrainConfig, identity: RunIdentity, device: torch.device, stop: Stop) -> None:
     """The stages in order."""
     clock, directory = Clock(), identity.directory
     torch.manual_seed(config.seed)
-    splits = build("dataset", config.dataset).load()
-    check_data(config, splits)
+    splits = make_dataset(config).load(partial(check_data, config))
     model, untrained = make_models(config, splits)
     model, untrained, splits = model.to(device), untrained.to(device), splits.to(device)
 
@@ -126,11 +133,16 @@ def run_stages(config: TrainConfig, identity: RunIdentity, device: torch.device,
         if resumed is not None:
             refuse_other(config, resumed["config"], directory)
         result: dict[str, Any] = {"run": directory.name, "group": identity.group, "metrics": {}}
+        result |= {"sources": {}}  # of components that are not scclr's own, by group
         with open_log(config, identity, start=resumed["step"] if resumed else 0) as log:
             log.text("config.yaml", OmegaConf.to_yaml(asdict(config)))
+            for group, path in sources(config).items():
+                name, text = f"source_{group}.py", path.read_text()
+                log.text(name, text)
+                result["sources"][group] = {"file": name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
             log.say(str(directory))
             if "pretrain" in config.stages:
-                augment = build("augment", config.augment)
+                augment = make_augment(config)
                 log.picture("views", lambda: sheet(splits, augment, seed=config.seed))
                 start = untrained if config.init_from is None else model
                 result["forecast"] = forecast_stage(config, start, splits, log if resumed is None else Log())
@@ -150,26 +162,12 @@ def run_stages(config: TrainConfig, identity: RunIdentity, device: torch.device,
         log.json("result.json", result)
 
 
-def make_models(config: TrainConfig, splits: Splits) -> tuple[Model, Model]:
-    """(the model as the run finds it, the same with the untrained weights of its seed)."""
-    mean, std, image_size = splits.mean, splits.std, splits.train.images.shape[-1]
-    origin = None if config.init_from is None else load(config.init_from)
-    if origin is not None and "pretrain" not in config.stages:  # an encoder sees pixels as it was trained to
-        mean, std = (tuple(origin["model"][name].flatten().tolist()) for name in ("mean", "std"))
-        image_size = origin["image_size"]
-    model = make_model(config, mean, std, image_size=image_size)
-    untrained = copy.deepcopy(model)
-    if origin is not None:
-        load_weights(model, origin, config)
-    return model, untrained
-
-
 def forecast_stage(config: TrainConfig, model: Model, splits: Splits, log: Log) -> dict[str, float] | None:
     """What the balance will do, from ``model`` as training finds it, with a warning for each edge that it crosses."""
     form = make_loss(config, len(splits.classes)).logsumexp_form()
     if form is None:
         return None
-    augment, batch = build("augment", config.augment), config.pretrain.batch_size
+    augment, batch = make_augment(config), config.pretrain.batch_size
     found = forecast_collapse(model, splits.pretrain, augment, form, batch=batch, seed=config.seed)
     for line in found.warnings([config.last_alpha] if config.alpha is None else [config.alpha, config.last_alpha]):
         log.say(line)
@@ -187,7 +185,7 @@ def pretrain_stage(
 ) -> float:
     """Pretrain ``model`` in place, from the checkpoint ``resumed`` if there is one; returns its seconds so far."""
     options, device = config.pretrain, splits.train.labels.device
-    optimizer = build("optimizer", config.optimizer, model=model, batch_size=options.batch_size)
+    optimizer = make_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=precision_dtype(device, options.precision) == torch.float16)
     state = TrainState(model, make_loss(config, len(splits.classes)).to(device), optimizer, scaler)
     if resumed is not None:
@@ -204,7 +202,7 @@ def pretrain_stage(
     try:
         with stop.deferred():
             pretrain(
-                state, splits.pretrain, build("augment", config.augment), options,
+                state, splits.pretrain, make_augment(config), options,
                 seed=config.seed, alpha=alpha_schedule(config), checkpoints=checkpoints, log=log,
                 validate=partial(knn_accuracy, model, splits, config.probe, options.knn_images),
             )  # fmt: skip
@@ -245,7 +243,7 @@ def theory_stage(config: TrainConfig, model: Model, splits: Splits, log: Log) ->
     measured = measure(
         model,
         splits.train,
-        build("augment", config.augment),
+        make_augment(config),
         config.theory,
         alpha=config.last_alpha,
         temperature=config.loss.get("temperature"),
@@ -271,25 +269,18 @@ def open_log(config: TrainConfig, identity: RunIdentity, *, start: int) -> Log:
     """The log of this process, which records only in the main one."""
     if not distributed.is_main():
         return Log()
-    name, settings = identity.directory.name, asdict(config)
-    return RunLog(identity.directory, config.tracking, name=name, group=identity.group, settings=settings, start=start)
+    target, plain = config.dataset["_target_"].split("."), asdict(config)
+    tags = [config.loss_name, target[-2] if target[0] == "scclr" else target[-1], str(config.name)]
+    kind = "pretrain" if "pretrain" in config.stages else "evaluate"
+    return RunLog(
+        identity.directory, config.tracking, group=identity.group, job_type=kind, tags=tags, settings=plain, start=start
+    )
 
 
-class Clock:
-    """Seconds of each stage, and of the whole run."""
+class _CallableModule(ModuleType):
+    """The type of this module. It hides the function ``scclr.train``, whose name it has, so a call does the same."""
 
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.seconds = {"pretrain": 0.0, "probe": 0.0, "theory": 0.0}
+    __call__ = staticmethod(scclr.train)
 
-    @contextmanager
-    def timing(self, stage: str) -> Iterator[None]:
-        """Time a stage."""
-        started = time.monotonic()
-        yield
-        self.seconds[stage] = time.monotonic() - started
 
-    def all(self, before: float) -> dict[str, float]:
-        """All of them, rounded, and the total with ``before``, which earlier attempts took."""
-        total = time.monotonic() - self.started + before
-        return {name: round(value, 3) for name, value in {**self.seconds, "total": total}.items()}
+sys.modules[__name__].__class__ = _CallableModule

@@ -20,6 +20,7 @@ LAYERS = [
     {"theory"},
     {"components"},
     {"train"},
+    {"api"},
     {"cli"},
     {"__main__"},
 ]

@@ -81,7 +81,9 @@ def test_a_stop_inside_another_hands_its_signal_over(stop: Stop) -> None:
 def test_one_process_speaks_for_a_run(
     stop: Stop, name: str, value: str, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(name, value)
+    group = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for key, text in {**group, name: value}.items():
+        monkeypatch.setenv(key, text)
     with pytest.raises(SystemExit):
         stop.leave()
     assert len(capsys.readouterr().err.splitlines()) == lines

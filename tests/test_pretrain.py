@@ -78,6 +78,31 @@ def test_a_step_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         train(config, noise(200), state)
 
 
+@pytest.mark.parametrize("loss", ["nscl", "prototype"])
+def test_a_batch_of_one_class_is_blamed_where_only_other_classes_repel(loss: str) -> None:
+    with pytest.raises(UserError, match=r"step 0, where no image .* of another class: type a larger pretrain\.batch_s"):
+        train(compose(*TINY, f"loss={loss}"), noise(200))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_a_checkpoint_of_another_run_does_not_fit(optimizer: str) -> None:
+    config = compose(*TINY, f"optimizer={optimizer}")
+    state, _ = training(config)
+    train(config, noise(200), state)
+    saved = state.state_dict()
+    training(config)[0].load_state_dict(saved)
+    moments = {key: dict.fromkeys(kept, torch.zeros(2)) for key, kept in saved["optimizer"]["state"].items()}
+    other = training(compose(*TINY, "encoder.widths=[8]"))[0].state_dict()
+    for changes in (
+        {"optimizer": {**saved["optimizer"], "state": moments}},
+        {"optimizer": {**saved["optimizer"], "param_groups": []}},
+        {"model": other["model"]},
+        {"loss": {"weight": torch.zeros(1)}},
+    ):
+        with pytest.raises(UserError, match=r"^the checkpoint does not fit this run \([^\n]+\): type overwrite=true"):
+            training(config)[0].load_state_dict({**saved, **changes})
+
+
 @pytest.mark.parametrize("cut_at", [0, 2])  # 0: a checkpoint right after a row
 def test_a_window_cut_by_a_checkpoint_gives_the_same_row(cut_at: int) -> None:
     terms = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))

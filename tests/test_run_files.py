@@ -2,17 +2,22 @@
 
 import errno
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from scclr.config.errors import UserError
-from scclr.run import files, machine
+from scclr.run import files, machine, torchrun
+from scclr.run.checkpoint import save
 from scclr.run.lock import HeldError, is_locked, run_lock
 
 
@@ -70,13 +75,29 @@ def test_json_holds_finite_numbers_only(tmp_path: Path) -> None:
     assert files.read_json(tmp_path / "a.json") == {"x": [0.1, None]}
 
 
-@pytest.mark.parametrize("data", [b"", b'{"a": 1', b"[1]", b"\xff", b"[" * 10**5], ids=range(5))
+@pytest.mark.parametrize("data", [b"", b'{"a": 1', b"[1]", b"\xff", b"[" * 10**5, b'{"a": NaN}'], ids=range(6))
 def test_damaged_json_is_named(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(UserError, match=r"a\.json: damaged \([^\n]*\); delete it"):
         files.read_json(tmp_path / "a.json")
     with pytest.raises(FileNotFoundError):
         files.read_json(tmp_path / "b.json")
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.mkdir()
+    with pytest.raises(UserError, match=r"a\.json: not a file; delete it and type the command again"):
+        files.read_json(path)
+    path.rmdir()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="not a file"):
+        files.read_json(path)
+    path.unlink()
+    path.write_text("{}")
+    monkeypatch.setattr(Path, "read_bytes", lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(UserError, match=r"a\.json: cannot be read \(Permission denied\); make it readable"):
+        files.read_json(path)
 
 
 def test_room_is_that_of_the_disk_which_will_hold_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +167,71 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/run: cannot write there \(Not a directory\); type runs="):
         run_lock(tmp_path / "file" / "run", overwrite=False).__enter__()
+
+
+def attempt(run: Path, work: Callable[[], object], error: BaseException | None = None) -> None:
+    """Hold the run folder, do some work in it, and fail."""
+    with run_lock(run, overwrite=False):
+        work()
+        raise error or UserError("refused")
+
+
+def test_an_attempt_that_fails_at_once_leaves_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "default" / "a"
+
+    def begin() -> None:
+        files.write_text(run / "config.yaml", "seed: 0")
+        (run / "wandb").mkdir()
+        (run / "metrics.jsonl").touch()
+
+    with pytest.raises(UserError, match="refused"):
+        attempt(run, begin)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["last.pt", "previous.pt", "crash.pt", "metrics.jsonl", "result.json"])
+def test_a_later_failure_keeps_the_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="refused"):
+        attempt(tmp_path / "a", lambda: files.write_text(tmp_path / "a" / name, "{}"))
+    assert names(tmp_path / "a") == [".lock", name]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_signal_keeps_the_folder_and_a_failure_one_that_was_there(stop: type, tmp_path: Path) -> None:
+    with pytest.raises(stop):
+        attempt(tmp_path / "a", lambda: None, stop())
+    with pytest.raises(UserError, match="refused"):
+        attempt(tmp_path / "a", lambda: None)
+    assert names(tmp_path / "a") == [".lock"]
+
+
+@pytest.mark.parametrize("write", [lambda run: files.write_text(run / "x", ""), lambda run: save(run, {"step": 1})])
+def test_a_folder_that_is_deleted_meanwhile_is_said(write: Callable[[Path], None], tmp_path: Path) -> None:
+    run = tmp_path / "a"
+
+    def lose() -> None:
+        shutil.rmtree(run)
+        write(run)
+
+    with pytest.raises(UserError, match=f"{run}: deleted while the run worked in it; type the command again"):
+        attempt(run, lose)
+    assert names(tmp_path) == []
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").mkdir()
+    with pytest.raises(UserError, match=r"config\.yaml: Is a directory; delete it"):
+        attempt(tmp_path, lambda: files.write_text(tmp_path / "config.yaml", "seed: 0"))
+    (tmp_path / "error.txt").mkdir()
+    with pytest.raises(UserError, match=r"error\.txt: Is a directory; delete it"):
+        attempt(tmp_path, lambda: None)
+
+
+def test_a_pipe_in_place_of_a_lock_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".lock")
+    assert not is_locked(tmp_path)
+    with pytest.raises(UserError, match="cannot write there"):
+        run_lock(tmp_path, overwrite=False).__enter__()
 
 
 def test_a_planted_lock_is_not_followed(tmp_path: Path) -> None:
@@ -240,9 +326,91 @@ def test_the_processor_has_its_name() -> None:
     assert found["cores"] == len(os.sched_getaffinity(0))
 
 
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(2**60, dtype=torch.uint8),
+        lambda: torch.empty(2**62, 2**62),
+        lambda: np.empty(2**60, dtype=np.uint8),
+        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.\nMore")),
+        lambda: (_ for _ in ()).throw(MemoryError()),
+    ],
+    ids=["PyTorch", "overflow", "NumPy", "CUDA", "Python"],
+)
+def test_too_little_memory_is_said(allocate: Callable[[], object]) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        allocate()
+    assert re.fullmatch(r".{10,120}; type pretrain\.micro_batch=64, .*", str(machine.memory_error(caught.value)))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), ValueError("DefaultCPUAllocator"), KeyError("a")])
+def test_other_errors_are_not_blamed_on_memory(error: Exception) -> None:
+    assert machine.memory_error(error) is None
+
+
 @pytest.mark.parametrize("on", [True, False])
 def test_kernels_are_as_before_afterwards(on: bool) -> None:
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     with machine.deterministic_kernels(on):
         assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark) == (on, not on)
     assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark) == before
+
+
+# ---------------------------------------------------------------- what torchrun says
+
+FOUR = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
+    """Set the variables of torchrun, and no other."""
+
+    def set_only(variables: dict[str, str]) -> None:
+        for name in (*FOUR, "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_only
+
+
+def test_a_process_knows_its_place(said: Callable[[dict[str, str]], None]) -> None:
+    said(FOUR)
+    assert torchrun.group() == (3, 4, 1, 1)
+    assert not torchrun.is_main()
+    said({**FOUR, "LOCAL_WORLD_SIZE": "2"})
+    assert torchrun.group() == (3, 4, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "stray", [{}, {"RANK": "1"}, {"LOCAL_RANK": "x"}, {"LOCAL_WORLD_SIZE": "0"}, {"WORLD_SIZE": "1"}]
+)
+def test_stray_variables_leave_a_process_on_its_own(
+    stray: dict[str, str], said: Callable[[dict[str, str]], None]
+) -> None:
+    said({"RANK": "7", **stray})
+    assert torchrun.group() == (0, 1, 0, 1)
+    assert torchrun.is_main()
+
+
+WRONG = ("", "-1", "two", "1.5", "9" * 30, "\u00b2")
+
+
+@pytest.mark.parametrize("name", [*FOUR, "LOCAL_WORLD_SIZE"])
+def test_a_damaged_environment_is_refused(name: str, said: Callable[[dict[str, str]], None]) -> None:
+    for value in WRONG if name != "MASTER_ADDR" else [""]:
+        said({**FOUR, name: value})
+        with pytest.raises(UserError, match=rf"{name}.*start with torchrun, or unset WORLD_SIZE"):
+            torchrun.group()
+        assert torchrun.is_main(), "somebody says so"
+
+
+@pytest.mark.parametrize(
+    "change", [{"RANK": "4"}, {"LOCAL_RANK": "4"}, {"LOCAL_WORLD_SIZE": "0"}, {"MASTER_PORT": "65536"}]
+)
+def test_variables_that_do_not_fit_each_other_are_refused(
+    change: dict[str, str], said: Callable[[dict[str, str]], None]
+) -> None:
+    said({**FOUR, **change})
+    with pytest.raises(UserError, match=f"{next(iter(change))}="):
+        torchrun.group()

@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import TINY
+from checkpoint_files import state
+from conftest import TINY, compose
 
 import scclr.train as train
 from scclr.config.errors import UserError
@@ -16,7 +17,7 @@ from scclr.run.checkpoint import save
 from scclr.run.lock import file_lock, run_lock
 from scclr.run.sweep import Point, before, clock, fail, listed, remember, remembered, status
 
-RESULT = {"metrics": {}, "config": {}, "seconds": {"total": 100}}
+RESULT = {"metrics": {}, "config": asdict(compose(*TINY)), "seconds": {"total": 100}}
 # Three times, twelve processes add their points to one file at the same moment.
 TOGETHER = """
 import os, sys, time
@@ -44,7 +45,7 @@ def test_states_costs_and_outlook(tmp_path: Path) -> None:
         point.directory.mkdir()
     (tmp_path / "a" / "result.json").write_text(json.dumps(RESULT))
     fail(tmp_path / "b", "loss: too high")
-    save(tmp_path / "c", {"model": {"w": torch.zeros(1)}, "seconds": 20.0})
+    save(tmp_path / "c", state())
     with run_lock(tmp_path / "d", overwrite=False):
         assert [point.state for point in points] == ["done", "failed", "stopped", "running", "missing"]
         lines = status(tmp_path)
@@ -63,6 +64,16 @@ def test_durations_are_shown_in_the_unit_that_fits(seconds: float, shown: str) -
     assert clock(seconds) == shown
 
 
+@pytest.mark.parametrize("text", ["\n\n", "two\nlines\x1b[2J", "x" * 10**6])
+def test_the_reason_of_a_failure_is_part_of_a_line(text: str, tmp_path: Path) -> None:
+    point = Point(tmp_path / "a", "seed=0")
+    fail(point.directory, text)
+    (line,) = listed([point])
+    assert line.startswith("  failed   seed=0 (")
+    assert line.isprintable()
+    assert len(line) < 1000
+
+
 @pytest.mark.parametrize("text", ["", '{"metr', "[]", "{}", '{"metrics": {}}'])
 def test_a_damaged_result_is_named_and_counts_as_not_done(text: str, tmp_path: Path) -> None:
     point = Point(tmp_path / "a", "seed=0")
@@ -75,7 +86,7 @@ def test_a_damaged_result_is_named_and_counts_as_not_done(text: str, tmp_path: P
         status(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"../a": "seed=0"}', '{"": "seed=0"}'])
 def test_a_damaged_list_of_points_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text(text)
     for read in (status, remembered, lambda folder: remember([Point(folder / "a", "")])):
@@ -84,10 +95,11 @@ def test_a_damaged_list_of_points_is_named(text: str, tmp_path: Path) -> None:
     assert (tmp_path / "sweep.json").read_text() == text
 
 
-@pytest.mark.parametrize(("name", "message"), [("missing", "no runs; give a folder"), ("file", "cannot be read")])
-def test_a_folder_without_runs_is_refused(name: str, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["missing", "file", "empty"])
+def test_a_folder_without_runs_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=f"{name}.*{message}"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=f"{name}: no runs; give a folder such as runs/default"):
         status(tmp_path / name)
 
 

@@ -29,8 +29,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from scclr.config.errors import UserError, did_you_mean, one_line, require
-from scclr.config.resolve import resolve, unknown_key
-from scclr.config.schema import TrainConfig
+from scclr.config.resolve import dotted, resolve, root_key, unknown_key
+from scclr.config.schema import COMPONENTS, TrainConfig
 
 CONFIG = "train"  # conf/train.yaml
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -130,11 +130,12 @@ def composer(command: CommandLine) -> Iterator[Hydra]:
         require(folder.is_dir(), f"--config-dir {command.config_dir}: no such folder")
         assert isinstance(search, ConfigSearchPathImpl)
         search.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+    older = GlobalHydra.instance().hydra  # of a program that calls ``scclr.train``
     GlobalHydra.instance().clear()
     try:
         yield Hydra.create_main_hydra2("scclr", search)
     finally:
-        GlobalHydra.instance().clear()
+        GlobalHydra.instance().hydra = older
 
 
 def plan(command: CommandLine) -> Plan:
@@ -165,7 +166,7 @@ def _plan(command: CommandLine, hydra: Hydra) -> Plan:
     basic_sweeper = settings.sweeper._target_ == BASIC_SWEEPER
     runs_here = basic_sweeper and launcher in ("basic", "joblib") and not settings.callbacks
     if not (command.sweep and basic_sweeper):
-        composed = [Point("", fixed, resolve_job(base, settings.runtime.choices))]
+        composed = [Point("", fixed, resolve_job(base, settings.runtime.choices, fixed))]
     else:
         params = [f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()]
         overrides = [*(_parse_override(parser, word) for word in params), *overrides]
@@ -175,7 +176,7 @@ def _plan(command: CommandLine, hydra: Hydra) -> Plan:
         for point in points:
             own = " ".join(word for word in point if word not in shared)
             config = hydra.compose_config(command.config_name, point, RunMode.RUN, from_shell=False)
-            resolved = resolve_job(config, config.hydra.runtime.choices)
+            resolved = resolve_job(config, config.hydra.runtime.choices, point)
             composed.append(Point(own.replace("'", ""), point, resolved))
     return Plan(composed, basic_sweeper, launcher, -1 if jobs is None else jobs, runs_here)
 
@@ -212,11 +213,11 @@ def _short_float(word: str) -> str:
     return re.sub(r"\d+\.\d{14,}", lambda number: f"{float(number[0]):.12g}", word)
 
 
-def resolve_job(config: DictConfig, choices: Mapping[str, Any]) -> TrainConfig:
+def resolve_job(config: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> TrainConfig:
     """``resolve``, with the folder named by the experiment unless ``name`` is given."""
     with open_dict(config):
         config.pop("hydra", None)
-    return resolve(config, choices.get("experiment"))
+    return resolve(config, choices.get("experiment"), overrides)
 
 
 def groups(command: CommandLine) -> dict[str, list[str]]:
@@ -257,15 +258,23 @@ def _explain(error: Exception, hydra: Hydra, command: CommandLine) -> str:
     if "hydra/launcher" in lines[0] or "hydra/sweeper" in lines[0]:
         return f"{lines[0]}: {SWEEP_EXTRA}"
     if unknown := re.match(r"Could not override '([^']*)'", lines[0]):
-        return unknown_key(unknown[1], _schema_keys(hydra, command))
+        return _unknown_key(unknown[1], hydra, command)
     if lines[0].startswith("Error merging override") and (cause := error.__cause__) is not None:
         return f"{lines[0].removeprefix('Error merging override ')}: {one_line(cause)}"
     return lines[0]
 
 
-def _schema_keys(hydra: Hydra, command: CommandLine) -> list[str]:
-    """Every dotted key that the defaults have."""
-    config = hydra.compose_config(command.config_name, [], RunMode.RUN, from_shell=False)
+def _unknown_key(key: str, hydra: Hydra, command: CommandLine) -> str:
+    group = root_key(key)
+    if any(dotted(override) == f"{group}._target_" for override in command.overrides):
+        return f"{key}: not in the YAML of {group}; type +{key}=... for an argument that {group}._target_ takes"
+    choices = [word for word in command.overrides if re.fullmatch(r"[a-z]+=\w+", word) and root_key(word) in COMPONENTS]
+    return unknown_key(key, _known_keys(hydra, command, choices))
+
+
+def _known_keys(hydra: Hydra, command: CommandLine, choices: list[str]) -> list[str]:
+    """Every dotted key that the defaults and the components of ``choices`` have."""
+    config = hydra.compose_config(command.config_name, choices, RunMode.RUN, from_shell=False)
     with open_dict(config):
         config.pop("hydra")
     return list(_dotted_keys(OmegaConf.to_container(config)))

@@ -4,6 +4,7 @@ A run is its configuration and its data: the same configuration on the same data
 """
 
 import hashlib
+import inspect
 import json
 import typing
 from collections.abc import Iterable, Mapping
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING as NO_DEFAULT
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from scclr.config.build import argument_defaults, typed_arguments
+from scclr.config.build import argument_defaults, find_component, is_own, source_file, typed_arguments
 from scclr.config.errors import UserError, did_you_mean, one_line, require
 from scclr.config.schema import COMPONENTS, TrainConfig
 
@@ -25,7 +26,7 @@ ADOPTED = (
     *("augment", "encoder", "projector", "loss", "optimizer", "pretrain"),
 )
 # What may differ between two attempts at the same run: the machine, where files lie, and who watches.
-VOLATILE = ("device", "nproc", "deterministic", "runs", "name", "overwrite", "checkpoint", "tracking")
+VOLATILE = ("device", "nproc", "deterministic", "runs", "name", "overwrite", "trust", "checkpoint", "tracking")
 VOLATILE_DATASET = ("root", "workers")
 SUPPLIED = {"encoder": ("in_channels", "image_size"), "loss": ("classes",), "optimizer": ("model", "batch_size")}
 PAPER_ALPHA = 0.5  # alpha=null: the plain sum A + R, which is the loss of its paper
@@ -39,18 +40,23 @@ class RunIdentity:
     group: str  # the name that all seeds of a configuration share
 
 
-def resolve(config: DictConfig, name: str | None = None) -> TrainConfig:
+def resolve(config: DictConfig, name: str | None = None, overrides: Iterable[str] = ()) -> TrainConfig:
     """The composed YAML as a typed and checked ``TrainConfig``.
 
     Args:
         name: the folder inside ``runs``, unless the configuration names one.
+        overrides: of the command line. Where one of them sets the ``_target_`` of a component, the arguments of the
+            YAML that the new target does not take are dropped.
 
     Raises:
         UserError: a key that nobody reads, a missing value or one of another type, a value out of range, or an
             ``alpha`` that the loss would ignore.
     """
     _refuse_unknown(config, TrainConfig, "")
+    typed_keys = [dotted(override) for override in overrides]
     try:
+        for group in (group for group in COMPONENTS if f"{group}._target_" in typed_keys):
+            _drop_not_taken(group, config[group], typed_keys)
         filled: dict[str, object] = {"name": name or "default"} if config.name is None else {}
         filled |= {"alpha": PAPER_ALPHA} if config.alpha is None and "alpha" in config.loss else {}
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), config, filled))
@@ -62,12 +68,21 @@ def resolve(config: DictConfig, name: str | None = None) -> TrainConfig:
     return typed
 
 
+def _drop_not_taken(group: str, node: DictConfig, typed_keys: Iterable[str]) -> None:
+    parameters = inspect.signature(find_component(group, node)).parameters
+    kept = ("_target_", *parameters, *(key.removeprefix(f"{group}.") for key in typed_keys))
+    with open_dict(node):
+        for key in [key for key in node if key not in kept]:
+            del node[key]
+
+
 def identify(config: TrainConfig, data: str) -> RunIdentity:
     """The folder and the group of a run.
 
     The hash covers what the run computes: every value of the configuration but the volatile ones (the machine, paths,
-    tracking), the data, and the contents of ``init_from``. Values that equal a default of the schema or of a
-    constructor are left out, so that a key which is added with a default changes no hash.
+    tracking), the data, the contents of ``init_from``, and the files of components that are not scclr's own. Values
+    that equal a default of the schema or of a constructor are left out, so that a key which is added with a default
+    changes no hash.
 
     Args:
         data: what identifies the dataset's files (``Source.digest``).
@@ -75,11 +90,19 @@ def identify(config: TrainConfig, data: str) -> RunIdentity:
     plain = {**essence(asdict(config)), "data": data}
     if config.init_from is not None:
         plain["init_from"] = hashlib.sha256(checkpoint_path(config.init_from).read_bytes()).hexdigest()
+    if files := sources(config):
+        plain["sources"] = {group: hashlib.sha256(path.read_bytes()).hexdigest() for group, path in files.items()}
     balance = "" if config.alpha is None else f"-alpha{config.alpha:g}"
     title = f"{config.loss_name}{balance}" + ("" if config.alpha_end is None else f"to{config.alpha_end:g}")
     group = _hash8({key: value for key, value in plain.items() if key != "seed"})
     directory = Path(config.runs) / (config.name or "default") / f"{title}-seed{config.seed}-{_hash8(plain)}"
     return RunIdentity(directory, f"{title}-{group}")
+
+
+def sources(config: TrainConfig) -> dict[str, Path]:
+    """The Python files of the components that are not scclr's own, by configuration group."""
+    files = {group: source_file(group, getattr(config, group)) for group in COMPONENTS}
+    return {group: path for group, path in files.items() if path is not None}
 
 
 def essence(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,10 +125,10 @@ def _without_defaults(plain: Mapping[str, Any], schema: type) -> dict[str, Any]:
     known = {field.name: field for field in fields(schema)}
     found = {}
     for key, value in plain.items():
-        nested = known[key].type
+        nested = known[key].type if key in known else None  # another version may have had other keys
         if is_dataclass(nested):
             found[key] = _without_defaults(value, typing.cast(type, nested))
-        elif _default(known[key]) != value:
+        elif key not in known or _default(known[key]) != value:
             found[key] = value
     return found
 
@@ -125,20 +148,42 @@ def adopt(config: TrainConfig, saved: Mapping[str, Any], typed: Iterable[str] = 
         typed: overrides of the command line. If the theory is a stage, its overrides of ``augment`` stay.
 
     Raises:
-        UserError: ``saved`` is no configuration of this version, or holds an interpolation, which would be resolved in
-            the environment of the reader.
+        UserError: as ``restore``.
     """
-    require(not _interpolates(saved), f"init_from={config.init_from}: its configuration holds an interpolation (${{)")
     taken = {key: saved[key] for key in ADOPTED if key in saved}
     if "theory" in config.stages and "augment" in taken:
         words = [dotted(override) for override in typed if root_key(override) == "augment"]
         changed = [word.split(".")[1] for word in words if "." in word]
         other = {key: value for key, value in config.augment.items() if key in changed}
         taken["augment"] = config.augment if "augment" in words else {**taken["augment"], **other}
+    return restore({**asdict(config), **taken}, f"init_from={config.init_from}", config.trust, groups=taken)
+
+
+def restore(
+    saved: Mapping[str, Any], source: str, trust: Iterable[str] = (), groups: Iterable[str] = COMPONENTS
+) -> TrainConfig:
+    """A configuration that was saved with a run, checked. Nothing in it may run code or read the environment.
+
+    Args:
+        source: where it comes from, for messages.
+        trust: packages outside scclr whose code its components may be.
+        groups: the parts of ``saved`` that come from there.
+
+    Raises:
+        UserError: it is no configuration of this version, holds an interpolation, or names a component that is neither
+            scclr's own nor in a trusted package.
+    """
+    require(not _interpolates(saved), f"{source}: its configuration holds an interpolation (${{)")
+    for group in (group for group in COMPONENTS if group in groups and not is_own(group, saved[group])):
+        target = str(saved[group].get("_target_", ""))
+        package = target.split(".")[0]
+        trusted = any(f"{target}.".startswith(f"{name}.") for name in trust)
+        code = f"its {group} is {target}, and to build that is to run code that this checkpoint chooses"
+        require(trusted, f"{source}: {code}; if you trust both, type trust=[{package}]")
     try:
-        return resolve(OmegaConf.create({**asdict(config), **taken}))
+        return resolve(OmegaConf.create(dict(saved)))
     except UserError as error:
-        raise UserError(f"init_from={config.init_from}: another version of scclr wrote it ({error})") from error
+        raise UserError(f"{source}: another version of scclr wrote it ({error})") from error
 
 
 def _interpolates(node: object) -> bool:
@@ -151,7 +196,12 @@ def _interpolates(node: object) -> bool:
 
 def refuse_other(config: TrainConfig, saved: Mapping[str, Any], directory: Path) -> None:
     """Raise ``UserError`` if ``saved``, the configuration in the run folder, is of another run than ``config``."""
-    here, there = ({**_leaves(essence(plain)), "init_from": None} for plain in (asdict(config), saved))
+    plain = asdict(config)
+    targets = [{f"{group}._target_": node[group].get("_target_") for group in COMPONENTS} for node in (plain, saved)]
+    if targets[0] != targets[1]:  # what a saved target names is not even looked up
+        here, there = targets
+    else:
+        here, there = ({**_leaves(essence(node)), "init_from": None} for node in (plain, saved))
     others = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
     shown = ", ".join(f"{key}={there.get(key)} there, {here.get(key)} here" for key in others)
     advice = "type name=<another folder>, or overwrite=true to discard what is there"

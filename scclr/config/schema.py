@@ -6,9 +6,11 @@ existing run. Such a default must therefore never change.
 """
 
 import math
+import os
 import re
+import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING
@@ -16,6 +18,7 @@ from omegaconf import MISSING
 from scclr.config.errors import require, require_choice, require_range
 
 STAGES = ("pretrain", "probe", "theory")
+LARGEST = 1e9  # of all floats; the keys have narrower ranges of their own
 COMPONENTS = ("dataset", "augment", "encoder", "loss", "optimizer")
 
 
@@ -57,7 +60,7 @@ class PretrainConfig:
         require_range("pretrain", self, epochs=(1, 10**9), batch_size=(2, 10**9), warmup=(0, 1))
         require_range("pretrain", self, log_every=(1, 10**12), knn_every=(0, 10**9), knn_images=(1, 10**12))
         if self.micro_batch is not None:
-            require_range("pretrain", self, micro_batch=(1, math.inf))
+            require_range("pretrain", self, micro_batch=(1, 10**9))
         require_choice("pretrain.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
 
 
@@ -72,9 +75,9 @@ class ProbeConfig:
     batch_size: int = described("images in a forward pass")
 
     def __post_init__(self) -> None:
-        require(min(self.l2, default=0) > 0, f"probe.l2={self.l2}: give one or more positive strengths")
+        require_each("probe.l2", self.l2, 1e-12, 1e6)
         require_range("probe", self, max_iter=(1, 10**6), knn_k=(1, 10**6), batch_size=(1, 10**6))
-        require_range("probe", self, knn_temperature=(1e-6, math.inf))
+        require_range("probe", self, knn_temperature=(1e-6, 1e6))
 
 
 @dataclass
@@ -86,10 +89,8 @@ class TheoryConfig:
     temperatures: list[float] = described("temperatures at which the bound is evaluated, besides that of the training")
 
     def __post_init__(self) -> None:
-        require_range("theory", self, images=(4, math.inf))
-        require(self.views >= 2, f"theory.views={self.views}: the mean over augmentations needs two views or more")
-        message = f"theory.temperatures={list(self.temperatures)}: give one or more positive numbers"
-        require(min(self.temperatures, default=0) > 0, message)
+        require_range("theory", self, images=(4, 10**9), views=(2, 1000))
+        require_each("theory.temperatures", self.temperatures, 1e-6, 1e6)
 
 
 @dataclass
@@ -99,7 +100,7 @@ class CheckpointConfig:
     every: str = described("a number of steps, as in 500, or a time, as in 30s, 10min or 1h")
 
     def __post_init__(self) -> None:
-        known = re.fullmatch(r"[1-9]\d*|(?=.*[1-9])\d+(\.\d+)?(s|min|h)", self.every)
+        known = re.fullmatch(r"[1-9]\d{0,11}|(?=.*[1-9])\d{1,12}(\.\d{1,12})?(s|min|h)", self.every)
         require(known is not None, f"checkpoint.every={self.every}: give steps, as in 500, or time, as in 10min")
 
     @property
@@ -117,15 +118,31 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    """Weights & Biases. The files of the run folder are written in any case."""
+    """Weights & Biases. The files of the run folder are written in any case.
 
-    mode: str = described("offline | online | disabled")
-    project: str = described("the W&B project")
-    entity: str | None = described("the W&B user or team; null is the one that you are logged in as")
+    A value that is null is taken from W&B's environment variable of that name, such as WANDB_MODE.
+    """
+
+    mode: str | None = described("offline | online | disabled; null takes WANDB_MODE, or else offline")
+    project: str | None = described("the W&B project; null takes WANDB_PROJECT, or else scclr")
+    entity: str | None = described("the W&B user or team; null takes WANDB_ENTITY, or else that of your login")
+    dir: str | None = described("folder for W&B's files; null takes WANDB_DIR, or else the run folder", None)
 
     def __post_init__(self) -> None:
-        require_choice("tracking.mode", self.mode, ("offline", "online", "disabled"))
-        require(self.project != "", "tracking.project is empty: type tracking.project=<name>")
+        if self.mode is None and os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+            self.mode = "disabled"
+        origin = {}  # what the user has set, for messages
+        for key, default in {"mode": "offline", "project": "scclr", "entity": None, "dir": None}.items():
+            origin[key] = f"WANDB_{key.upper()}" if getattr(self, key) is None else f"tracking.{key}"
+            if getattr(self, key) is None:
+                setattr(self, key, os.environ.get(origin[key]) or default)
+            require(getattr(self, key) != "", f"tracking.{key} is empty: type tracking.{key}=<name>")
+        self.mode = {"dryrun": "offline", "run": "online"}.get(str(self.mode), self.mode)  # W&B's older words
+        require_choice(origin["mode"], str(self.mode), ("offline", "online", "disabled"))
+        allowed = re.sub(r"[/\\#?%:]+", "-", str(self.project))[:128]
+        rule = "the name of a W&B project has at most 128 characters, and none of / \\ # ? % :"
+        shown = f"{origin['project']}={self.project}"
+        require(self.project == allowed, f"{shown}: {rule}; type {origin['project']}={shlex.quote(allowed)}")
 
 
 @dataclass
@@ -155,10 +172,13 @@ class TrainConfig:
     theory: TheoryConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
     tracking: TrackingConfig = MISSING
+    trust: list[str] = field(
+        default_factory=list, metadata={"help": "packages whose code a checkpoint may name, besides scclr's own"}
+    )
 
     def __post_init__(self) -> None:
-        refuse_not_finite(asdict(self))
-        require_range("", self, seed=(0, 2**63 - 1), nproc=(1, 10**6))
+        refuse_unusable(asdict(self))
+        require_range("", self, seed=(0, 2**63 - 1), nproc=(1, 1024))
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require(self.runs != "", "runs is empty: type runs=<folder>")
         chosen = ",".join(self.stages)
@@ -168,6 +188,7 @@ class TrainConfig:
         require(encoder, f"stages=[{chosen}] needs an encoder: add init_from=<run folder or checkpoint>")
         plain = self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name)
         require(plain, f"name={self.name}: give a plain folder name")
+        require(len((self.name or "").encode()) <= 255, f"name={self.name}: give a name of at most 255 bytes")
         self._check_alpha()
         unit = self.projector.normalize or self.loss.get("similarity") == "dot"
         advice = "type loss=balanced loss.similarity=dot alpha=0.5"
@@ -200,17 +221,43 @@ class TrainConfig:
 
     @property
     def loss_name(self) -> str:
-        """The word after ``loss=``, which is the module of the target."""
-        return str(self.loss.get("_target_", "?.?")).rsplit(".", 2)[-2]
+        """The word after ``loss=``, which is the module of the target; the class, if that is not in scclr."""
+        target = str(self.loss.get("_target_", "?.?"))
+        return target.rsplit(".", 2)[-2 if target.startswith("scclr.") else -1]
 
 
-def refuse_not_finite(node: object, key: str = "") -> None:
-    """Raise ``UserError`` for the first number of a configuration that is infinite or not a number."""
+def has_parts(saved: object) -> bool:
+    """Whether ``saved``, which was read from a file, has the form of a configuration: components and sections."""
+    if not isinstance(saved, Mapping):
+        return False
+    nodes = [saved.get(group) for group in COMPONENTS]
+    sections = [saved[field.name] for field in fields(TrainConfig) if is_dataclass(field.type) and field.name in saved]
+    targets = [node.get("_target_") if isinstance(node, Mapping) else None for node in nodes]
+    return all(isinstance(target, str) for target in targets) and all(isinstance(x, Mapping) for x in sections)
+
+
+def require_each(key: str, values: list[float], least: float, greatest: float) -> None:
+    """Raise ``UserError`` unless ``values`` has one number or more, all of them in [least, greatest]."""
+    message = f"{key}={list(values)}: give one or more positive numbers, from {least:g} to {greatest:g}"
+    require(len(values) > 0 and least <= min(values) and max(values) <= greatest, message)
+
+
+def refuse_unusable(node: object, key: str = "") -> None:
+    """Raise ``UserError`` for the first value of a configuration that no component could use, wherever it stands.
+
+    Numbers are finite and no larger than ``LARGEST``; whole numbers fit into 64 bits; text can be written in UTF-8.
+    """
     if isinstance(node, Mapping):
         for name, value in node.items():
-            refuse_not_finite(value, f"{key}.{name}" if key else str(name))
+            refuse_unusable(value, f"{key}.{name}" if key else str(name))
     elif isinstance(node, list | tuple):
         for value in node:
-            refuse_not_finite(value, key)
+            refuse_unusable(value, key)
     elif isinstance(node, float):
         require(math.isfinite(node), f"{key}={node}: give a finite number")
+        require(abs(node) <= LARGEST, f"{key}={node}: give a number from {-LARGEST:g} to {LARGEST:g}")
+    elif isinstance(node, int):
+        require(-(2**63) <= node < 2**63, f"{key}={node}: give a smaller number")
+    elif isinstance(node, str):
+        shown = node.encode(errors="backslashreplace").decode()
+        require(shown == node, f"{key}={shown}: its characters are not UTF-8; give a name in UTF-8")

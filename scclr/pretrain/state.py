@@ -1,5 +1,6 @@
 """Everything that a training step changes, which is everything that a checkpoint must hold."""
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,20 +9,26 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from scclr.config.errors import UserError
+from scclr.config.errors import UserError, one_line
 from scclr.encoders.model import Model
 from scclr.losses import Loss, LossTerms
 from scclr.run import distributed
 
 
 class NotFiniteError(UserError):
-    """The loss or a weight is infinite or not a number after ``step``."""
+    """The loss or a weight is infinite or not a number after ``step``.
 
-    def __init__(self, step: int) -> None:
-        super().__init__(
-            f"the loss is not finite at step {step}: lower optimizer.lr, raise loss.temperature or type "
-            "pretrain.precision=fp32; crash.pt holds the weights and the batch"
-        )
+    Args:
+        repelled: false if nothing repelled in the batch, since a loss that reads labels found one class in it.
+    """
+
+    def __init__(self, step: int, repelled: bool = True) -> None:
+        cause = f"the loss is not finite at step {step}"
+        advice = "lower optimizer.lr, raise loss.temperature or type pretrain.precision=fp32"
+        if not repelled:
+            cause += ", where no image of the batch is of another class"
+            advice = "type a larger pretrain.batch_size, or another loss"
+        super().__init__(f"{cause}: {advice}; crash.pt holds the weights and the batch")
         self.step = step
 
 
@@ -47,7 +54,8 @@ class LossWindow:
         terms = (distributed.all_reduce_sum(terms) / distributed.world_size()).cpu()
         bad = terms.isfinite().all(1).logical_not().nonzero()
         if len(bad) > 0:
-            raise NotFiniteError(self.begin + int(bad[0]))
+            first = int(bad[0])
+            raise NotFiniteError(self.begin + first, repelled=terms[first, 2].item() != -math.inf)
         return {"terms": terms, "begin": self.begin}
 
     def load_state_dict(self, saved: dict[str, Any], device: torch.device) -> None:
@@ -98,11 +106,22 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take everything from a checkpoint."""
-        self.model.load_state_dict(saved["model"])
-        self.loss.load_state_dict(saved["loss"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.step = saved["step"]
-        self.window = LossWindow(self.step)
-        self.window.load_state_dict(saved["window"], next(self.model.parameters()).device)
+        """Take everything from a checkpoint.
+
+        Raises:
+            UserError: it is of another model, loss or optimizer.
+        """
+        parts: dict[str, Any] = {name: getattr(self, name) for name in ("model", "loss", "optimizer", "scaler")}
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            moments = [(p, value) for p, kept in self.optimizer.state.items() for value in kept.values()]
+            if any(isinstance(value, Tensor) and value.ndim > 0 and value.shape != p.shape for p, value in moments):
+                raise ValueError("moments of another shape than their weights")
+            self.step = saved["step"]
+            self.window = LossWindow(self.step)
+            self.window.load_state_dict(saved["window"], next(self.model.parameters()).device)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            detail = one_line(error).rstrip(": ")
+            message = f"the checkpoint does not fit this run ({detail}): type overwrite=true to begin anew"
+            raise UserError(message) from error

@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from scclr.config.errors import UserError, one_line, require
+from scclr.run import torchrun
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets for each process
 LOST = ("gloo", "NCCL", "Connection")  # words in the error of a collective when another process has ended
 GRACE = 2.0  # seconds in which the launcher notices the process that ended first, and names that one
 
@@ -164,13 +164,9 @@ def launched_processes() -> int:
     """How many processes torchrun started; 1 without it.
 
     Raises:
-        UserError: ``WORLD_SIZE`` is set as by torchrun, but not to a number, or not the rest of what torchrun sets.
+        UserError: as ``torchrun.group``.
     """
-    size = os.environ.get("WORLD_SIZE", "1")
-    require(size.isdecimal() and int(size) > 0, f"WORLD_SIZE={size}: start with torchrun, or unset WORLD_SIZE")
-    missing = [name for name in TORCHRUN if not os.environ.get(name)] if int(size) > 1 else []
-    require(not missing, f"WORLD_SIZE={size} without {', '.join(missing)}: start with torchrun, or unset WORLD_SIZE")
-    return int(size)
+    return torchrun.group().size
 
 
 @contextmanager
@@ -178,15 +174,21 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     """The group of the processes that torchrun started, left at the end; gives this process's own device.
 
     Raises:
-        UserError: another process of the group ended.
+        UserError: there is no device for this process, the processes do not find each other, or another one ended.
     """
     if launched_processes() == 1:
         yield device
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number, devices = torchrun.group().local_rank, torch.cuda.device_count()
+        require(number < devices, f"there are {devices} CUDA devices here: type torchrun --nproc-per-node={devices}")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except (dist.DistError, ValueError) as error:
+        meeting = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise UserError(f"{meeting}: the processes do not meet there ({one_line(error)})") from error
     try:
         yield device
     except RuntimeError as error:

@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -62,19 +63,40 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it holds something else, or cannot be read; the message names it.
+        UserError: it holds something else, such as a number that is not finite, or cannot be read.
     """
     advice = "delete it and type the command again"
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        value = json.loads(read_bytes(path), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({one_line(error)}); {advice}") from error
     require(isinstance(value, dict), f"{path}: damaged (not a JSON object); {advice}")
     return dict(value)
+
+
+def _refuse_constant(word: str) -> Any:
+    raise ValueError(f"{word} is no JSON")
+
+
+def is_number(value: object) -> bool:
+    """Whether something read from a file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def read_bytes(path: Path) -> bytes:
+    """The contents of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it cannot be read, or is something else than a file, such as a folder or a pipe.
+    """
+    try:
+        require(stat.S_ISREG(path.stat().st_mode), f"{path}: not a file; delete it and type the command again")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable, or delete it") from error
 
 
 def remove_partials(folder: Path) -> None:
@@ -106,6 +128,18 @@ def storage_error(error: OSError, path: Path | None = None) -> UserError | None:
     what = error.filename or path or "the disk"
     remedy = "free space" if error.errno in FULL else "make the disk writable"
     return UserError(f"{what}: {error.strerror}; {remedy} and type the command again")
+
+
+def run_folder_error(error: OSError, folder: Path) -> UserError | None:
+    """What to tell the user about an error while a run works in ``folder``; None if that has to do with other files."""
+    if not folder.is_dir():
+        return UserError(f"{folder}: deleted while the run worked in it; type the command again to begin anew")
+    if (full := storage_error(error, folder)) is not None:
+        return full
+    named = next((Path(str(name)) for name in (error.filename2, error.filename) if name is not None), None)
+    if named is None or folder not in named.parents:
+        return None
+    return UserError(f"{named}: {error.strerror}; delete it, or make it writable, and type the command again")
 
 
 def folder_error(error: OSError, folder: Path) -> UserError:

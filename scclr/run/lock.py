@@ -6,22 +6,24 @@ They are locks of the kernel on files (``flock``), which it frees when their pro
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from scclr.config.errors import UserError, require
-from scclr.run.files import GENERATIONS, folder_error, remove_partials, storage_error, write_text
+from scclr.run.files import GENERATIONS, folder_error, remove_partials, run_folder_error, write_text
 
 LOCK, HOLDER = ".lock", ".holder"  # the locked file, and the name of the process that holds it
 DISCARDED = (  # by overwrite=true
     *("result.json", *GENERATIONS, "damaged.pt", "crash.pt"),
     *("metrics.jsonl", "theory.json", "views.png", "error.txt"),
 )
+KEPT = (*GENERATIONS, "crash.pt", "metrics.jsonl", "result.json")  # with contents, they keep a failed run's folder
 PATIENCE = 0.25  # seconds to wait for a lock, since `is_locked` in another process takes it for a moment
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system without them
 
@@ -34,16 +36,19 @@ class HeldError(UserError):
 def run_lock(directory: Path, overwrite: bool) -> Iterator[None]:
     """Hold the run folder against other processes; it is made if it does not exist.
 
-    What a killed attempt left half-written is deleted, and with ``overwrite`` every file of an older run.
+    What a killed attempt left half-written is deleted, and with ``overwrite`` every file of an older run. An attempt
+    that made the folder and fails before it has a row or a checkpoint leaves nothing.
 
     Raises:
         HeldError: another process holds the folder; the message names the process.
-        UserError: nothing can be written there, or its disk is full or read-only, now or at any time later.
+        UserError: nothing can be written there, its disk is full or read-only, or it is deleted, now or at any time
+            later.
     """
-    holder = directory / HOLDER
+    holder, made = directory / HOLDER, list[Path]()
     with ExitStack() as stack:
+        stack.callback(_remove_empty, made)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            _make_folders(directory, made)
             stack.enter_context(file_lock(directory / LOCK, PATIENCE))
         except HeldError:
             name = "its number is not known"
@@ -58,13 +63,38 @@ def run_lock(directory: Path, overwrite: bool) -> Iterator[None]:
             for name in DISCARDED if overwrite else ("error.txt",):
                 (directory / name).unlink(missing_ok=True)
             yield
-        except OSError as error:
-            if (full := storage_error(error, directory)) is None:
+        except Exception as error:
+            known = run_folder_error(error, directory) if isinstance(error, OSError) else None
+            if directory in made and not any(_has_bytes(directory / name) for name in KEPT):
+                shutil.rmtree(directory, ignore_errors=True)
+            if known is None:
                 raise
-            raise full from error
+            raise known from error
         finally:
             with suppress(OSError):
                 holder.unlink()
+
+
+def _make_folders(directory: Path, made: list[Path]) -> None:
+    """Make a folder and those above it, and put the new ones into ``made``, the deepest first."""
+    for path in [path for path in (*reversed(directory.parents), directory) if not path.exists()]:
+        with suppress(FileExistsError):  # another process was faster
+            path.mkdir()
+            made.insert(0, path)
+    directory.mkdir(parents=True, exist_ok=True)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    with suppress(OSError):  # the first that is not empty, or is removed already
+        for folder in folders:
+            if folder.exists():
+                folder.rmdir()
+
+
+def _has_bytes(path: Path) -> bool:
+    with suppress(OSError):
+        return path.stat().st_size > 0
+    return False
 
 
 @contextmanager
@@ -78,7 +108,7 @@ def file_lock(path: Path, seconds: float) -> Iterator[None]:
     """
     require(not path.is_symlink(), f"{path}: a symbolic link where a lock belongs; delete it")
     deadline = time.monotonic() + seconds
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w") as file:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "w") as file:
         while not _try_lock(file, path):
             if time.monotonic() > deadline:
                 raise HeldError(f"{path}: another process has held this lock for {seconds:g} s")
@@ -108,7 +138,7 @@ def is_locked(directory: Path) -> bool:
     The lock that this takes for a moment is a shared one: several may look at once, and permission to read is enough.
     """
     try:
-        with open(directory / LOCK) as file:
+        with open(os.open(directory / LOCK, os.O_RDONLY | os.O_NONBLOCK)) as file:  # a pipe of that name would hang
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 
 import scclr
+from scclr.config.errors import UserError, one_line
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BYTES = 2**29
+TOO_LARGE = ("DefaultCPUAllocator", "Storage size calculation overflowed")  # in PyTorch's errors about a CPU's memory
 PACKAGES = ("scclr", "torch", "torchvision", "hydra-core", "numpy", "scikit-learn", "wandb")
 
 
@@ -37,6 +40,20 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
+def memory_error(error: Exception) -> UserError | None:
+    """What to tell the user if ``error`` says that there is too little memory, of a GPU or of the machine; else None.
+
+    A CPU has no error of its own for it in PyTorch.
+    """
+    said = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if not said and not (isinstance(error, RuntimeError) and any(words in str(error) for words in TOO_LARGE)):
+        return None
+    found = re.search(r"you tried to allocate (\d+) bytes", str(error))
+    detail = f"too little memory for {int(found[1]) / 1e9:,.1f} GB at once" if found else one_line(error)
+    advice = "type pretrain.micro_batch=64, which keeps the gradient, or a smaller pretrain.batch_size"
+    return UserError(f"{detail or 'too little memory'}; {advice}")
+
+
 @contextmanager
 def deterministic_kernels(on: bool) -> Iterator[None]:
     """If ``on``, use only kernels that give the same bits on the same machine with the same number of threads.
@@ -48,16 +65,21 @@ def deterministic_kernels(on: bool) -> Iterator[None]:
     """
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    older = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    filled: Any = torch.utils.deterministic
+    older = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+        filled.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(on)
     # Filling would show that uninitialized memory is read, at the cost of a pass over every new tensor.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    filled.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not on
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(older[0])
-        torch.backends.cudnn.benchmark = older[1]
+        torch.backends.cudnn.benchmark, filled.fill_uninitialized_memory = older[1:]
 
 
 def describe(device: torch.device) -> dict[str, Any]:

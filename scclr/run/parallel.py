@@ -44,6 +44,7 @@ def run_points(
         KeyboardInterrupt: after SIGINT.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // jobs)))
+    os.environ["PYTHONSAFEPATH"] = "1"  # the server would look for modules in the current folder first
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
     waiting = list(points)
     running: dict[Any, tuple[Any, P]] = {}  # process and point, by the pipe that closes when the process ends

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
+from scclr.run import torchrun
+
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 SILENT = "SCCLR_SILENT_STOP"  # in the environment of processes whose launcher says that they were stopped
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -82,7 +84,7 @@ def stop_process(cause: str) -> NoReturn:
 
     That is the main one of those that torchrun started, or the one that launched the others.
     """
-    if SILENT not in os.environ and (os.environ.get("RANK") or "0") == "0":
+    if SILENT not in os.environ and torchrun.is_main():
         with suppress(RuntimeError):  # the signal came while this process was printing
             print(f"stopped by {cause}; type the same command to go on", file=sys.stderr)
     raise SystemExit(STOPPED)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scclr.config.errors import UserError, require
-from scclr.run.files import GENERATIONS, folder_error, read_json, remove_partials, write_json, write_text
+from scclr.run.files import GENERATIONS, folder_error, read_bytes, read_json, remove_partials, write_json, write_text
 from scclr.run.lock import file_lock, is_locked
 from scclr.run.result import read_result
 
 STATES = ("done", "running", "failed", "stopped", "missing")
 RECORD, LOCK = "sweep.json", ".sweep.lock"
+LONGEST = 500  # characters of a reason or of a point's words that are shown
 LOCK_SECONDS = 60  # another sweep holds the lock for some milliseconds
-DAMAGE = (UserError, OSError, KeyError, TypeError, ValueError)  # from reading what a run wrote
 
 
 class Point(NamedTuple):
@@ -39,9 +39,9 @@ class Point(NamedTuple):
     @property
     def seconds(self) -> float:
         """How long the run has taken, up to its end or its last checkpoint; 0 if that is not known."""
-        with suppress(*DAMAGE):
+        with suppress(UserError, OSError):
             return float(read_result(self.directory)["seconds"]["total"])
-        with suppress(*DAMAGE):
+        with suppress(UserError, OSError):
             from scclr.run.checkpoint import load  # only a checkpoint needs torch, which takes seconds to import
 
             return float(load(self.directory)["seconds"])
@@ -83,8 +83,9 @@ def remembered(folder: Path) -> dict[str, str]:
         known = read_json(path)
     except FileNotFoundError:
         return {}
-    whole = all(isinstance(words, str) for words in known.values())
-    require(whole, f"{path}: damaged (a point without its words); delete it and type the command again")
+    for name, words in known.items():
+        plain = name not in ("", ".", "..") and "/" not in name and name.isprintable() and isinstance(words, str)
+        require(plain, f"{path}: damaged (a point without its folder or words); delete it and type the command again")
     return known
 
 
@@ -94,7 +95,7 @@ def status(folder: Path) -> list[str]:
     Raises:
         UserError: there are none, or a file about them is damaged.
     """
-    swept = remembered(folder)
+    swept = remembered(folder) if folder.is_dir() else {}
     others = {path.parent.name: "" for path in sorted(folder.glob("*/config.yaml")) if path.parent.name not in swept}
     points = [Point(folder / name, words) for name, words in {**swept, **others}.items()]
     require(len(points) > 0, f"{folder}: no runs; give a folder such as runs/default")
@@ -122,14 +123,20 @@ def listed(points: Sequence[Point]) -> list[str]:
     for point in points:
         if (state := point.state) != "done":
             reason = f": {_error(point)}" if state == "failed" else ""
-            lines.append(f"  {state:<8} {point.words or point.directory.name} ({point.directory}){reason}")
+            lines.append(f"  {state:<8} {_brief(point.words or point.directory.name)} ({point.directory}){reason}")
     return lines
 
 
 def _error(point: Point) -> str:
-    with suppress(OSError):  # the next attempt may delete it meanwhile
-        return (point.directory / "error.txt").read_text(errors="replace").strip()
+    with suppress(UserError, OSError):  # the next attempt may delete it meanwhile
+        return _brief(read_bytes(point.directory / "error.txt").decode(errors="replace"))
     return "the reason was deleted"
+
+
+def _brief(text: str) -> str:
+    """``text`` as part of a line: without line breaks and other control characters, and not endless."""
+    words = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]} ..."
 
 
 def _outlook(points: Sequence[Point], *, at_once: int) -> str:
