@@ -39,7 +39,8 @@ def train(*words: str) -> "Run":
     """Do one run, as ``scclr train <words>`` does, and load it: ``scclr.train("loss=balanced", "alpha=0.5")``.
 
     A run with these words that is finished is only loaded, and one that was interrupted goes on from its checkpoint.
-    Ctrl-C saves one first. Torch's random generators and settings are afterwards as they were.
+    Ctrl-C saves one first. Torch's random generators and settings are afterwards as they were. In a script, a call with
+    ``nproc=2`` or more belongs below ``if __name__ == "__main__":``, because each process imports the script.
 
     Args:
         words: ``key=value``, ``group=choice`` and flags such as ``"--config-dir=my_conf"``.

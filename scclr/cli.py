@@ -120,7 +120,8 @@ def guarded(name: str, command: Callable[[list[str]], None], argv: list[str]) ->
 
 def reported(error: Exception) -> str:
     """One line about ``error``, after its traceback if it is not the user's. Under torchrun it names the process."""
-    rank = f"rank {os.environ.get('RANK')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    number = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    rank = f"rank {number}: " if number else ""
     if isinstance(error, UserError):
         return f"{rank}{error}"
     traceback.print_exception(error)
@@ -130,6 +131,7 @@ def reported(error: Exception) -> str:
 def train(argv: list[str]) -> None:
     """``scclr train``: compose and check every point of the command line, then run them."""
     from scclr.config.compose import parse, plan
+    from scclr.run import torchrun
     from scclr.run.preemption import Stop
 
     with Stop():  # a signal during the checks means the same as one during the training
@@ -137,8 +139,8 @@ def train(argv: list[str]) -> None:
         if command.shows_only:
             run_hydra(command)
             return
-        torchrun = int(os.environ.get("WORLD_SIZE") or 1) > 1
-        require(not (command.sweep and torchrun), "a sweep cannot run inside torchrun: start torchrun for each point")
+        processes = torchrun.group().size
+        require(processes == 1 or not command.sweep, "a sweep cannot run inside torchrun: start one for each point")
         planned = plan(command)
         prepared = prepare_points(planned)
         if not planned.enumerated:

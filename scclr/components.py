@@ -17,7 +17,6 @@ from scclr.config.errors import UserError, one_line, require
 from scclr.config.resolve import RunIdentity, adopt, checkpoint_path, identify, refuse_ignored
 from scclr.config.schema import TrainConfig
 from scclr.datasets import CLASS_FOLDERS_ADVICE, Source, Splits
-from scclr.datasets.imagefolder import memory_limit
 from scclr.datasets.loader import refuse_rotation
 from scclr.encoders.model import Model, activations
 from scclr.losses import Loss, LossTerms
@@ -26,6 +25,7 @@ from scclr.run import torchrun
 from scclr.run.checkpoint import load, saved_config
 from scclr.run.distributed import launched_processes
 from scclr.run.files import nearest_existing, require_room
+from scclr.run.machine import memory_limit
 from scclr.run.tracking import check_tracking
 from scclr.theory import check_labels
 from scclr.theory.report import chosen_rows

@@ -50,7 +50,7 @@ from scclr.run.lock import HeldError, run_lock
 from scclr.run.output import survive_closed_output
 from scclr.run.preemption import CheckpointSchedule, Stop
 from scclr.run.result import Clock, hint, read_result, summary, validation_accuracy
-from scclr.run.sweep import fail
+from scclr.run.sweep import RECORD, fail
 from scclr.run.tracking import Log, RunLog
 from scclr.theory.forecast import forecast_collapse
 from scclr.theory.report import headline, measure, table
@@ -87,7 +87,7 @@ def run(config: TrainConfig, identity: RunIdentity) -> dict[str, Any]:
         elif not finished:
             work((config, identity))
     except Exception as error:
-        if not isinstance(error, HeldError) and directory.exists():
+        if not isinstance(error, HeldError) and (directory.exists() or (directory.parent / RECORD).exists()):
             known = isinstance(error, UserError)
             fail(directory, str(error) if known else f"{type(error).__name__}: {one_line(error)}")
         raise

@@ -5,10 +5,12 @@ from typing import Any
 
 from conftest import TINY, compose, training
 
+from scclr.pretrain.state import LossWindow
 
-def state(*words: str, **changes: Any) -> dict[str, Any]:
-    """All entries of the checkpoint that a run of ``TINY`` and ``words`` begins from, with ``changes``."""
-    config = compose(*TINY, *words)
+
+def state(step: int = 0, **changes: Any) -> dict[str, Any]:
+    """All entries of a checkpoint of a run of ``TINY`` that has untrained weights, with ``changes``."""
+    config = compose(*TINY)
     first, _ = training(config)
-    described = {"image_size": 8, "config": asdict(config), "seconds": 20.0}
-    return {**first.state_dict(), **described, **changes}
+    first.step, first.window = step, LossWindow(step)
+    return {**first.state_dict(), "image_size": 8, "config": asdict(config), "seconds": 20.0, **changes}

@@ -21,7 +21,7 @@ from conftest import TINY, compose, run_folders, training
 from scclr.cli import dispatch
 from scclr.config.errors import UserError
 from scclr.config.resolve import refuse_other
-from scclr.config.schema import COMPONENTS
+from scclr.config.schema import COMPONENTS, refuse_unusable
 from scclr.pretrain.state import TrainState
 from scclr.run.checkpoint import FORMAT, load, resume, save, saved_config
 from scclr.run.files import GENERATIONS
@@ -135,6 +135,30 @@ def test_a_hostile_command_line_is_refused_in_one_line_or_trains(
         small = small if "encoder=resnet18" not in words else [word for word in small if "widths" not in word]
         elsewhere = [] if words[-1].startswith("runs=") else [f"runs=runs{number}"]
         assert answer("train", *small, *words, *elsewhere)[1] == ""
+
+
+@pytest.mark.parametrize("value", ["", "0", "2", "x", "-1", "1e3", "9" * 30])
+def test_half_an_environment_of_torchrun_is_refused_in_one_line(
+    value: str, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", value)
+    for words in (SHORT, ["-m", "seed=0,1", *SHORT]):
+        assert answer("train", *words) == (1, "")
+
+
+def test_a_stray_rank_hides_no_result(
+    scclr: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    assert scclr("train", *SHORT) == 0
+    assert "next  scclr train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [math.nan, [1.0, math.inf], {"a": -1e30}, 2**63, "\udcff", [["\ud800"]]])
+def test_a_value_that_nothing_can_use_is_refused_wherever_it_stands(value: object) -> None:
+    with pytest.raises(UserError, match=r"^a\.b[^\n]*give [^\n]*$"):
+        refuse_unusable({"a": {"c": 1e9, "b": value}})
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from scclr.config.errors import UserError
 from scclr.datasets import Splits
 from scclr.datasets.imagefolder import default_workers, memory_limit
+from scclr.run.torchrun import Group
 
 
 def names(root: Path) -> list[str]:
@@ -97,9 +98,10 @@ def test_a_folder_that_may_not_be_entered(tmp_path: Path, below: str) -> None:
         (tmp_path / below).chmod(0o755)
 
 
-@pytest.mark.parametrize(("processes", "expected"), [("", 12), ("4", 3), ("100", 1), ("0", 12), ("x", 12)])
-def test_workers_share_the_cores_of_a_node(processes: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+@pytest.mark.parametrize(("processes", "expected"), [(1, 12), (4, 3), (100, 1)])
+def test_workers_share_the_cores_of_a_node(processes: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Group(size=processes, local_size=processes)
+    monkeypatch.setattr("scclr.datasets.imagefolder.group", lambda: node)
     monkeypatch.setattr("scclr.datasets.imagefolder.available_cores", lambda: 12)
     assert default_workers() == expected
 

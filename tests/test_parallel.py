@@ -90,9 +90,9 @@ def _nothing_left(folder: Path) -> Iterator[None]:
 
 def start(folder: Path, script: str, word: str, *before: str) -> subprocess.Popen:
     (folder / "script.py").write_text(script)
-    (folder / "tmp").mkdir()
+    (folder / "t").mkdir()
     line = [*before, "env", "-u", "OMP_NUM_THREADS", sys.executable, "script.py", word]
-    return processes.start(line, folder, TMPDIR=str(folder / "tmp"))
+    return processes.start(line, folder, TMPDIR=str(folder / "t"))
 
 
 def pid(folder: Path, name: str) -> int:
@@ -203,7 +203,7 @@ def test_an_error_of_one_rank_is_one_line(action: str, folder: Path, full: bool)
         assert err.count("Traceback") == 1
         err = err.splitlines(keepends=True)[-1]
     assert err == ERRORS[action]
-    assert list((folder / "tmp").iterdir()) == [], "nothing is left of the agent"
+    assert list((folder / "t").iterdir()) == [], "nothing is left of the agent"
     assert all(ended(pid(folder, path.stem)) for path in folder.glob("*.pid"))  # a rank may end before its work begins
 
 

@@ -127,7 +127,9 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         raise UserError(f"{name}={value}: give {in_words(hint)}") from error
     flat = any(example in in_words(hint) for example in LISTS.values())
     nested = isinstance(typed, list) and any(isinstance(item, list | dict) for item in typed)
-    require(not (flat and nested), f"{name}={value}: give {in_words(hint)}")  # OmegaConf takes [[1]] as list[int]
+    number = hint is bool and not isinstance(value, bool)
+    # OmegaConf takes [[1]] as list[int], and 2 as true.
+    require(not (flat and nested) and not number, f"{name}={value}: give {in_words(hint)}")
     return typed
 
 

@@ -245,7 +245,7 @@ def _refuse_unknown_choices(hydra: Hydra, command: CommandLine, overrides: list[
             values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
         else:
             value = override.value()
-            values = [value] if isinstance(value, str) else []
+            values = list(value) if isinstance(value, list) else ["null" if value is None else str(value)]
         for value in (str(value).strip("'\"") for value in values):
             message = f"{key}={value}: no such {key}{did_you_mean(value, choices)} (choices: {', '.join(choices)})"
             advice = "; to name the folder of the run, type name=..." if key == "experiment" else ""

@@ -6,6 +6,7 @@ A run is its configuration and its data: the same configuration on the same data
 import hashlib
 import inspect
 import json
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
@@ -29,6 +30,9 @@ ADOPTED = (
 VOLATILE = ("device", "nproc", "deterministic", "runs", "name", "overwrite", "trust", "checkpoint", "tracking")
 VOLATILE_DATASET = ("root", "workers")
 SUPPLIED = {"encoder": ("in_channels", "image_size"), "loss": ("classes",), "optimizer": ("model", "batch_size")}
+SECTIONS: list[tuple[str, typing.Any]] = [("", TrainConfig)]
+SECTIONS += [(f"{field.name}.", field.type) for field in fields(TrainConfig) if is_dataclass(field.type)]
+SWITCHES = {f"{prefix}{field.name}" for prefix, kind in SECTIONS for field in fields(kind) if "bool" in str(field.type)}
 PAPER_ALPHA = 0.5  # alpha=null: the plain sum A + R, which is the loss of its paper
 
 
@@ -54,6 +58,9 @@ def resolve(config: DictConfig, name: str | None = None, overrides: Iterable[str
     """
     _refuse_unknown(config, TrainConfig, "")
     typed_keys = [dotted(override) for override in overrides]
+    for override in overrides:
+        number = re.fullmatch(r"[-\d.]+", override.partition("=")[2]) is not None  # OmegaConf takes 2 for true
+        require(not (number and dotted(override) in SWITCHES), f"{override}: give true or false")
     try:
         for group in (group for group in COMPONENTS if f"{group}._target_" in typed_keys):
             _drop_not_taken(group, config[group], typed_keys)

@@ -5,7 +5,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
@@ -20,7 +19,8 @@ from scclr.datasets.cache import cached
 from scclr.datasets.files import Files, OnDisk
 from scclr.datasets.listing import class_folders, list_images
 from scclr.datasets.reading import reading
-from scclr.run.machine import available_cores
+from scclr.run.machine import available_cores, memory_limit
+from scclr.run.torchrun import group
 
 MOST_WORKERS = 16  # of one process, where dataset.workers leaves their number open
 MOST_PIXELS = 10_000  # on a side: an image of three bytes a pixel takes 300 MB
@@ -181,18 +181,7 @@ class ImageFolder(Source):
 
 def default_workers() -> int:
     """This process's share of the cores, among the processes that torchrun started on the node."""
-    value = os.environ.get("LOCAL_WORLD_SIZE", "")
-    processes = max(1, int(value)) if value.isdecimal() else 1
-    return min(max(1, available_cores() // processes), MOST_WORKERS)
-
-
-def memory_limit() -> int:
-    """Bytes of main memory that this process may use: those of the machine, or fewer in a container."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        with suppress(OSError, ValueError):  # there is no such file, or it says "max"
-            limits.append(int(path.read_text()))
-    return min(limits)
+    return min(max(1, available_cores() // group().local_size), MOST_WORKERS)
 
 
 def refuse_outside(source: Path, names: Sequence[str], advice: str) -> None:

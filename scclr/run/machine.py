@@ -27,6 +27,15 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def memory_limit() -> int:
+    """Bytes of main memory that this process may use: those of the machine, or fewer in a container."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        with suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            limits.append(int(path.read_text()))
+    return min(limits)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep up to 512 MiB of freed memory for the next tensors.
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from scclr.config.errors import UserError, one_line
 from scclr.config.schema import TrackingConfig
-from scclr.run.files import write_atomic, write_json, write_text
+from scclr.run.files import is_number, read_bytes, write_atomic, write_json, write_text
 from scclr.run.progress import Progress, shares_terminal
 from scclr.run.wandb_environment import (
     OFFLINE,
@@ -205,13 +205,12 @@ def _teardown() -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl`` up to the first damaged line. A crash may have cut the last one short."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in read_bytes(path).splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-        numbers = isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values())
-        if not (numbers and isinstance(row.get("step"), int)):
+        if not (isinstance(row, dict) and isinstance(row.get("step"), int) and all(map(is_number, row.values()))):
             break
         rows.append(row)
     return rows

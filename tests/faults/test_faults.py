@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import checkpoint_files
 import processes
 import pytest
 import torch
@@ -180,7 +181,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_message(
 def test_damage_is_never_loaded_and_costs_one_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw = random.Random(0)
     for step in (1, 2):
-        save(tmp_path, {"model": {"w": torch.arange(1000.0)}, "config": {}, "step": step})
+        save(tmp_path, checkpoint_files.state(step))
     path, times = tmp_path / GENERATIONS[0], 50
     intact = path.read_bytes()
     damaged = [intact[: draw.randrange(len(intact))] for _ in range(times)]
@@ -235,6 +236,7 @@ def test_a_full_disk_is_said_and_mended(whole: tuple[Path, float], small_disk: P
 def test_a_dead_wandb_service_does_not_stop_a_run(whole: tuple[Path, float], tmp_path: Path) -> None:
     process = start(tmp_path, *LINE, WANDB_MODE="offline")
     until(lambda: list(tmp_path.glob("runs/*/*/last.pt")))
+    until(lambda: children(process.pid, "wandb-core"))
     os.kill(children(process.pid, "wandb-core")[0], signal.SIGKILL)
     assert "W&B stopped" in finish(process)
     assert rows_of(run_of(tmp_path)) == rows_of(whole[0])
