@@ -3,7 +3,7 @@
 Dimensions: N images, C channels, H x W pixels, D features.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from scclr.components import load_weights, make_model, prepare
 from scclr.config.compose import parse, plan
 from scclr.config.errors import require
-from scclr.config.resolve import restore
+from scclr.config.resolve import leaves, restore
 from scclr.config.schema import COMPONENTS, TrainConfig
 from scclr.datasets import ImageSet
 from scclr.encoders.model import Model
@@ -95,14 +95,7 @@ def _row(directory: Path) -> dict[str, Any]:
     loss = str(result["config"]["loss"]["_target_"])
     named = {"directory": str(directory), "group": result["group"], "loss": loss.rsplit(".", 1)[1]}
     seconds = {f"seconds.{name}": value for name, value in result["seconds"].items()}
-    return {**named, **_flat(result["config"]), **result["metrics"], **seconds}
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+    return {**named, **leaves(result["config"]), **result["metrics"], **seconds}
 
 
 def train(*words: str) -> Run:

@@ -208,17 +208,18 @@ def refuse_other(config: TrainConfig, saved: Mapping[str, Any], directory: Path)
     if targets[0] != targets[1]:  # what a saved target names is not even looked up
         here, there = targets
     else:
-        here, there = ({**_leaves(essence(node)), "init_from": None} for node in (plain, saved))
+        here, there = ({**leaves(essence(node)), "init_from": None} for node in (plain, saved))
     others = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
     shown = ", ".join(f"{key}={there.get(key)} there, {here.get(key)} here" for key in others)
     advice = "type name=<another folder>, or overwrite=true to discard what is there"
     require(not others, f"{directory} holds another run ({shown}): {advice}")
 
 
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested configuration by their dotted keys."""
     found: dict[str, Any] = {}
     for key, value in node.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
 
 

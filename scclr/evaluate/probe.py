@@ -59,7 +59,7 @@ def probe(features: tuple[Tensor, Tensor, Tensor], splits: Splits, config: Probe
         train, y = torch.cat([train, validation]), torch.cat([y, y_validation])
     axes = PrincipalAxes(train)
     fit = fit_logreg(axes(train), y, classes, l2, config.max_iter)
-    k = config.knn_k
+    k = min(config.knn_k, len(train))  # the name of the metric says how many voted
     predicted = {
         "probe/logreg/top1": logits(axes(test), fit).argmax(1),
         f"knn/k{k}/top1": knn_predict(train, y, test, classes, k=k, temperature=config.knn_temperature),
