@@ -13,8 +13,12 @@ STARTED: list[subprocess.Popen] = []
 
 
 def start(line: list[str], folder: Path, **env: str) -> subprocess.Popen:
-    """A process in ``folder`` that leads a process group of its own. ``kill_started`` ends it at the latest."""
+    """A process in ``folder`` that leads a process group of its own. ``kill_started`` ends it at the latest.
+
+    It starts a W&B service of its own, whether or not an earlier test has left one in this process.
+    """
     out, environment = subprocess.PIPE, {**os.environ, **env}
+    environment.pop("WANDB_SERVICE", None)
     STARTED.append(
         subprocess.Popen(line, cwd=folder, env=environment, stdout=out, stderr=out, text=True, process_group=0)
     )
