@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scclr.components import load_weights, make_model, prepare
+from scclr.components import load_weights, make_foreign, make_model, prepare
 from scclr.config.compose import parse, plan
 from scclr.config.errors import require
 from scclr.config.resolve import leaves, restore
 from scclr.config.schema import COMPONENTS, TrainConfig
 from scclr.datasets import ImageSet
 from scclr.encoders.model import Model
+from scclr.encoders.weights import has_foreign_weights
 from scclr.evaluate.features import extract_features
 from scclr.run.checkpoint import load as load_checkpoint
 from scclr.run.result import read_result
@@ -53,6 +54,9 @@ class Run:
     @cached_property
     def model(self) -> Model:
         """The trained model on the CPU, in eval mode: float images [N, C, H, W] in [0, 1] -> h [N, D], z [N, P]."""
+        if "pretrain" not in self.config.stages and has_foreign_weights(self.config):
+            with torch.random.fork_rng():
+                return make_foreign(self.config).eval()
         own = self.directory if "pretrain" in self.config.stages else None
         checkpoint = load_checkpoint(own or str(self.config.init_from))
         mean, std = (checkpoint["model"][name].flatten().tolist() for name in ("mean", "std"))

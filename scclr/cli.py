@@ -9,8 +9,10 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NoReturn
 
 from scclr import __version__
@@ -150,8 +152,7 @@ def train(argv: list[str]) -> None:
         else:
             from scclr.train import run
 
-            ((_, config, identity),) = prepared
-            run(config, identity)
+            run(*prepared[0][1:])
 
 
 def prepare_points(planned: "Plan") -> list[Prepared]:
@@ -162,7 +163,7 @@ def prepare_points(planned: "Plan") -> list[Prepared]:
     found = []
     digests: dict[str, str] = {}  # a folder of images is listed once, not for every point
     for point in planned.points:
-        config, identity = prepare(point.config, point.overrides, digests)
+        config, identity = prepare(point.config, point.overrides, digests, here=planned.launcher != "submitit_slurm")
         found.append((Point(identity.directory, point.words), config, identity))
     return found
 
@@ -189,15 +190,18 @@ def run_sweep(command: "CommandLine", planned: "Plan", prepared: list[Prepared])
     Raises:
         SystemExit: with code 1 if a point is not done; with code 75 if a signal stopped the sweep.
     """
+    from scclr.components import pick_device
     from scclr.run.machine import available_cores
     from scclr.run.parallel import run_points
-    from scclr.run.sweep import before, count, fail, listed, remember
+    from scclr.run.sweep import before, count, devices, divided, fail, listed, remember
 
     points = [point for point, _, _ in prepared]
     rest = [one for one in prepared if one[0].state != "done" or one[1].overwrite]
-    jobs = planned.jobs if planned.jobs > 0 else available_cores() + 1 + planned.jobs
-    at_once = {"joblib": jobs, "basic": 1}.get(planned.launcher, len(rest))
-    at_once = max(1, min(at_once, len(rest)))
+    here = rest if planned.launcher == "joblib" else []  # others' points find devices where they run
+    on_cuda = [config.nproc for _, config, _ in here if pick_device(config.device).type == "cuda"]
+    each, names = max(on_cuda, default=1), devices() if on_cuda else []
+    jobs, shares = divided(planned.jobs, cores=available_cores(), names=names, each=each)
+    at_once = max(1, min({"joblib": jobs, "basic": 1}.get(planned.launcher, len(rest)), len(rest)))
     print(before(points, at_once=at_once), file=sys.stderr)
     if rest:
         remember(points)
@@ -213,21 +217,24 @@ def run_sweep(command: "CommandLine", planned: "Plan", prepared: list[Prepared])
         def killed(one: Prepared, signal_name: str) -> None:
             fail(one[0].directory, f"killed by {signal_name}; type the command again to go on from the last checkpoint")
 
-        run_points(run_point, rest, at_once, preload=["scclr.train"], killed=killed)
+        with TemporaryDirectory() as folder:
+            work = partial(run_point, folder=folder, shares=shares)
+            run_points(work, rest, at_once, preload=["scclr.train"], killed=killed)
     print("\n".join([count(points), *listed(points)]))
     if any(point.state != "done" for point in points):
         raise SystemExit(1)
 
 
-def run_point(prepared: Prepared) -> None:
-    """One point of a sweep. If it fails, it says so here and in its folder, and the other points go on."""
+def run_point(prepared: Prepared, folder: str = "", shares: Sequence[str] = ()) -> None:
+    """One point of a sweep, on ``own_devices``. If it fails, it says so here and in its folder; the others go on."""
     from scclr.run.lock import HeldError
-    from scclr.run.sweep import fail
+    from scclr.run.sweep import fail, own_devices
     from scclr.train import run
 
     point, config, identity = prepared
     try:
-        run(config, identity)
+        with own_devices(folder, shares) if shares else nullcontext():
+            run(config, identity)
     except Exception as error:
         message = reported(error)
         if not isinstance(error, HeldError):

@@ -4,9 +4,10 @@ Every process of a run walks through the stages in the same way; only the main o
 """
 
 import hashlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import scclr
 from scclr.components import (
-    check_data,
+    load_splits,
     make_augment,
-    make_dataset,
     make_loss,
     make_models,
     make_optimizer,
@@ -38,7 +38,7 @@ from scclr.datasets import Splits
 from scclr.datasets.loader import batch_indices
 from scclr.datasets.show import sheet
 from scclr.encoders.model import Model
-from scclr.evaluate.probe import knn_accuracy, probe_encoder, probe_pixels
+from scclr.evaluate.probe import evaluate, knn_accuracy
 from scclr.pretrain.loop import precision_dtype, pretrain
 from scclr.pretrain.optim import anneal, describe
 from scclr.pretrain.state import NotFiniteError, TrainState
@@ -59,6 +59,8 @@ PARTS_CAVEAT = (
     "with pretrain.micro_batch, batch normalization uses the statistics of parts of the batch; "
     "the gradient is otherwise that of the whole batch"
 )
+SMALLER_KNN = "type a smaller probe.batch_size or pretrain.knn_images"
+FREE_MEMORY = "end what else uses this memory, or type the same command where there is more"
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")
@@ -100,6 +102,7 @@ def run(config: TrainConfig, identity: RunIdentity) -> dict[str, Any]:
     return result
 
 
+@machine.if_memory_lacks(FREE_MEMORY)
 def work(job: tuple[TrainConfig, RunIdentity]) -> None:
     """``run`` in one of the processes that share it. This is the edge at which a process translates errors.
 
@@ -116,19 +119,18 @@ def work(job: tuple[TrainConfig, RunIdentity]) -> None:
                 run_stages(config, identity, device, stop)
     except OSError as error:
         raise storage_error(error) or error from error
-    except (RuntimeError, MemoryError) as error:
-        raise machine.memory_error(error) or error from error
 
 
 def run_stages(config: TrainConfig, identity: RunIdentity, device: torch.device, stop: Stop) -> None:
     """The stages in order."""
     clock, directory = Clock(), identity.directory
     torch.manual_seed(config.seed)
-    splits = make_dataset(config).load(partial(check_data, config))
-    model, untrained = make_models(config, splits)
-    model, untrained, splits = model.to(device), untrained.to(device), splits.to(device)
+    splits, evaluated = load_splits(config)
+    model, untrained = make_models(config, splits, evaluated)
+    model, untrained, here = model.to(device), untrained.to(device), splits.to(device)
+    splits, evaluated = here, here if evaluated is splits else evaluated.to(device)
 
-    with run_folder(directory, config.overwrite):
+    with distributed.held_by_main(run_lock(directory, config.overwrite)):  # it clears what overwrite=true discards
         resumed = resume(directory) if "pretrain" in config.stages else None
         if resumed is not None:
             refuse_other(config, resumed["config"], directory)
@@ -146,13 +148,15 @@ def run_stages(config: TrainConfig, identity: RunIdentity, device: torch.device,
                 log.picture("views", lambda: sheet(splits, augment, seed=config.seed))
                 start = untrained if config.init_from is None else model
                 result["forecast"] = forecast_stage(config, start, splits, log if resumed is None else Log())
-                clock.seconds["pretrain"] = pretrain_stage(config, model, splits, resumed, directory, stop, log)
+                clock.seconds["pretrain"] = pretrain_stage(
+                    config, model, splits, evaluated, resumed, directory, stop, log
+                )
             if "probe" in config.stages:
-                with clock.timing("probe"):
-                    probed = probe_stage(config, model, untrained, splits, log)
-                result = {**result, **probed}
+                with clock.timing("probe"), evaluating(config, directory, "probe.batch_size"):
+                    log.say("probe: encoder, untrained encoder, raw pixels")
+                    result |= evaluate(model, untrained, evaluated, config.probe)
             if "theory" in config.stages:
-                with clock.timing("theory"):
+                with clock.timing("theory"), evaluating(config, directory, "theory.images"):
                     measured = theory_stage(config, model, splits, log)
                 result["metrics"] = {**result["metrics"], **headline(measured)}
             log.summary(result["metrics"])
@@ -162,6 +166,21 @@ def run_stages(config: TrainConfig, identity: RunIdentity, device: torch.device,
         log.json("result.json", result)
 
 
+@contextmanager
+def evaluating(config: TrainConfig, directory: Path, key: str) -> Iterator[None]:
+    """Evaluate with ``machine.pinned_arithmetic``. If memory lacks, advise a smaller ``key``, in a command that keeps a
+    finished pretraining: the same command with another ``key`` would be another run."""
+    part, name = key.split(".")
+    smaller = f"{key}={max(1, getattr(getattr(config, part), name) // 4)}"
+    if "pretrain" in config.stages:
+        again = f"scclr train stages=[{','.join(config.stages[1:])}] {shlex.quote(f'init_from={directory}')}"
+        smaller = f"{again} {smaller} and the dataset's keys, which keeps the pretraining"
+    on_cpu = "; or type the same command with device=cpu" if pick_device(config.device).type == "cuda" else ""
+    with machine.pinned_arithmetic(), machine.if_memory_lacks(f"type {smaller}{on_cpu}"):
+        yield
+
+
+@machine.pinned_arithmetic()
 def forecast_stage(config: TrainConfig, model: Model, splits: Splits, log: Log) -> dict[str, float] | None:
     """What the balance will do, from ``model`` as training finds it, with a warning for each edge that it crosses."""
     form = make_loss(config, len(splits.classes)).logsumexp_form()
@@ -174,10 +193,12 @@ def forecast_stage(config: TrainConfig, model: Model, splits: Splits, log: Log) 
     return asdict(found)
 
 
+@machine.if_memory_lacks(machine.SMALLER_STEP)
 def pretrain_stage(
     config: TrainConfig,
     model: Model,
     splits: Splits,
+    evaluated: Splits,
     resumed: dict[str, Any] | None,
     directory: Path,
     stop: Stop,
@@ -199,12 +220,14 @@ def pretrain_stage(
     described = {"image_size": splits.train.images.shape[-1], "config": asdict(config)}
     checkpoints = Checkpoints(directory, schedule, described, resumed["seconds"] if resumed else 0.0)
     log.progress(state.step, total, options.epochs)
+    knn = partial(knn_accuracy, model, evaluated, config.probe, options.knn_images)
+    validate = machine.if_memory_lacks(SMALLER_KNN)(machine.pinned_arithmetic()(knn))
     try:
         with stop.deferred():
             pretrain(
                 state, splits.pretrain, make_augment(config), options,
                 seed=config.seed, alpha=alpha_schedule(config), checkpoints=checkpoints, log=log,
-                validate=partial(knn_accuracy, model, splits, config.probe, options.knn_images),
+                validate=validate,
             )  # fmt: skip
     except NotFiniteError as error:
         indices = batch_indices(config.seed, error.step, len(splits.pretrain), options.batch_size)
@@ -219,22 +242,6 @@ def alpha_schedule(config: TrainConfig) -> Callable[[float], float] | None:
     if config.alpha is None or config.alpha_end is None:
         return None
     return partial(anneal, config.alpha_schedule, config.alpha, config.alpha_end)
-
-
-def probe_stage(config: TrainConfig, model: Model, untrained: Model, splits: Splits, log: Log) -> dict[str, Any]:
-    """The protocols on the encoder, on the same encoder untrained, and on raw pixels."""
-    log.say("probe: encoder, untrained encoder, raw pixels")
-    results = {
-        "": probe_encoder(model, splits, config.probe),
-        "baseline/untrained/": probe_encoder(untrained, splits, config.probe),
-        "baseline/pixels/": probe_pixels(splits, config.probe),
-    }
-    return {
-        "metrics": {prefix + name: value for prefix, r in results.items() for name, value in r.metrics.items()},
-        "validation": {prefix + "probe/logreg": r.validation for prefix, r in results.items()},
-        "l2": {prefix + "probe/logreg": r.l2 for prefix, r in results.items()},
-        "encoder_sha256": results[""].encoder_sha256,
-    }
 
 
 def theory_stage(config: TrainConfig, model: Model, splits: Splits, log: Log) -> dict[str, Any]:
@@ -255,14 +262,6 @@ def theory_stage(config: TrainConfig, model: Model, splits: Splits, log: Log) ->
     log.json("theory.json", measured)
     log.show(table(measured))
     return measured
-
-
-@contextmanager
-def run_folder(directory: Path, overwrite: bool) -> Iterator[None]:
-    """Hold the run folder against other runs: the main process does so for all."""
-    with run_lock(directory, overwrite) if distributed.is_main() else nullcontext():
-        distributed.barrier()  # the main process has cleared what overwrite=true discards
-        yield
 
 
 def open_log(config: TrainConfig, identity: RunIdentity, *, start: int) -> Log:

@@ -17,7 +17,7 @@ from scclr.datasets import ImageSet, cache
 from scclr.datasets.files import Files
 from scclr.datasets.loader import batch_indices, batches
 
-# Python 3.12 and later warn of every fork in a process with threads; PyTorch's loader forks.
+# Python 3.12 and later warn of every fork in a process with threads.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import asdict, field, make_dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import compose
 from omegaconf import OmegaConf
@@ -24,7 +25,12 @@ ROOT = Path(scclr.__file__).parent
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_file_composes_and_builds(path: Path, folder: Path) -> None:
     group, stem = path.parent.name, path.stem
-    needed = {"imagefolder": ["dataset.root=."]}.get(stem, ["augment=simclr"] if "imagenet" in stem else [])
+    if stem in ("timm", "huggingface"):
+        pytest.importorskip("timm" if stem == "timm" else "datasets")
+    np.savez(folder / "a.npz", images=np.zeros((9, 8, 8), np.uint8), labels=np.arange(9))
+    words = {"imagefolder": ["dataset.root=."], "huggingface": ["dataset.root=."], "arrays": ["dataset.root=a.npz"]}
+    words |= {"timm": ["encoder.name=test_vit", "dataset=imagefolder", "dataset.root=.", "augment=simclr"]}
+    needed = words.get(stem, ["augment=simclr"] if "imagenet" in stem else [])
     config = compose(f"{group}={stem}", *needed)
     check(config)
     if group in ("dataset", "encoder", "loss"):

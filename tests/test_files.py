@@ -1,7 +1,5 @@
 """Images on disk: keyed views in any number of processes, worker processes, and broken files."""
 
-import contextlib
-import fcntl
 import os
 import signal
 import subprocess
@@ -15,17 +13,19 @@ from typing import Any
 import pytest
 import torch
 from augment_helpers import simclr
-from conftest import TINY, rows_of
+from conftest import TINY, rows_of, run_folders
 from image_files import all_images, image_folder, truncate, write_image, write_photographs
 from PIL import Image
+from processes import children, ended, finish, kill_started, start, until
+from worker_jobs import kill, own_number
 
 from scclr.config.errors import UserError
 from scclr.datasets import ImageSet
 from scclr.datasets.loader import batch_indices, batches, views, with_view_size
-from scclr.datasets.workers import IGNORED_SIGNALS, read_ahead
+from scclr.datasets.workers import read_ahead
+from scclr.run.checkpoint import load
+from scclr.run.preemption import SIGNALS
 
-# Python 3.12 and later warn of every fork in a process with threads; PyTorch's loader forks.
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 assert_equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
@@ -110,64 +110,106 @@ def test_rotation_of_files_is_refused(photographs: Path, tmp_path: Path) -> None
 
 def test_a_killed_worker_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"DataLoader worker.*smaller dataset\.workers"):
-        list(read_ahead(lambda key: os.kill(os.getpid(), signal.SIGKILL), range(2), workers=1))
+        list(read_ahead(kill, range(2), workers=1))
+
+
+def test_workers_are_no_forks_of_the_training_process() -> None:
+    """Whose other threads may hold locks at that moment. They are not its children either, but those of a server."""
+    numbers = set(read_ahead(own_number, range(40), workers=2))
+    assert len(numbers) == 2
+    assert numbers.isdisjoint({os.getpid(), *children(os.getpid(), "")})
+
+
+def test_a_component_that_workers_do_not_find_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^worker processes do not find a component .*type dataset\.workers=0$"):
+        list(read_ahead(lambda key: key, range(2), workers=1))
+    assert list(read_ahead(lambda key: key, range(2), workers=0)) == [0, 1]
+
+
+# A script without a guard: only its own process may run it.
+SCRIPT = """
+from scclr.datasets.workers import read_ahead
+print("begins", flush=True)
+print(list(read_ahead(abs, range(-3, 0), workers=2)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["a file", "-c", "standard input"])
+def test_a_script_is_not_run_again_by_its_workers(way: str, folder: Path) -> None:
+    (folder / "script.py").write_text(SCRIPT)
+    (folder / "torch.py").write_text("raise SystemExit('a local torch.py was imported')")
+    words = {"a file": ["-P", "script.py"], "-c": ["-P", "-c", SCRIPT], "standard input": ["-P", "-"]}[way]
+    text = SCRIPT if way == "standard input" else ""
+    done = subprocess.run([sys.executable, *words], input=text, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("begins\n[3, 2, 1]\n", "")
 
 
 GROUP = """
 import signal, time
-from scclr.datasets.workers import IGNORED_SIGNALS, read_ahead
+from scclr.datasets.workers import read_ahead
+from scclr.run.preemption import SIGNALS
+from worker_jobs import slowly
 
 noted = set()
-for number in IGNORED_SIGNALS:
+for number in SIGNALS:
     signal.signal(number, lambda number, frame: noted.add(number))
-
-def job(key):
-    time.sleep(0.02)
-    return key
-
-for key in read_ahead(job, range(40), workers=2):
+print("starts", flush=True)
+for key in read_ahead(slowly, range(40), workers=2):
     print(key, flush=True)
-print(noted == set(IGNORED_SIGNALS))
+print(noted == set(SIGNALS))
 """
 
 
-def test_a_signal_to_the_group_stops_no_worker() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [1, 3], ids=["while the workers start", "while they read"])
+def test_a_signal_to_the_group_stops_no_worker(lines: int) -> None:
     """The training process decides what a signal means, and reads on until it has saved."""
-    words = [sys.executable, "-c", GROUP]
+    words, environment = [sys.executable, "-c", GROUP], {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}  # communicate skips what is buffered
-    with subprocess.Popen(words, start_new_session=True, **pipes) as process:
+    with subprocess.Popen(words, env=environment, start_new_session=True, **pipes) as process:
         assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(2)]  # so both workers have started
-        for number in IGNORED_SIGNALS:
+        first = [process.stdout.readline() for _ in range(lines)]
+        for number in SIGNALS:
             os.killpg(process.pid, number)
             time.sleep(0.05)
         rest, errors = process.communicate(timeout=60)
     assert errors == b""
-    assert [line.strip() for line in (*lines, *rest.splitlines())] == [b"%d" % key for key in range(40)] + [b"True"]
+    shown = [line.strip() for line in (*first, *rest.splitlines())]
+    assert shown == [b"starts", *(b"%d" % key for key in range(40)), b"True"]
     assert process.returncode == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the signal at the parent's death is Linux's")
-def test_a_worker_dies_with_its_process(tmp_path: Path) -> None:
-    """It would hold the locks of a killed run, which could not be resumed at once."""
-    with open(tmp_path / "lock", "w") as lock:
-        child = os.fork()
-        if child == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for _ in read_ahead(lambda key: key, range(1000), workers=1):
-                os.kill(os.getpid(), signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    with open(tmp_path / "lock", "w") as lock:
-        for _ in range(20):  # 2 seconds
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            time.sleep(0.1)
-    pytest.fail("the lock of a killed process is held")
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_workers_and_their_server_die_with_the_training_process(folder: Path) -> None:
+    words = [sys.executable, "-c", KILLED]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)}, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    numbers = [int(word) for word in (folder / "numbers").read_text().split()]
+    assert len(numbers) == 3
+    for number in numbers:
+        until(partial(ended, number), 10)
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from processes import children
+from scclr.datasets.workers import read_ahead
+from worker_jobs import own_number
+
+numbers = set()
+for number in read_ahead(own_number, range(10**6), workers=2):
+    numbers.add(number)
+    if len(numbers) == 2:
+        Path("numbers").write_text(" ".join(map(str, [*numbers, *children(os.getpid(), "forkserver")])))
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def test_more_workers_than_cores_are_no_warning(recwarn: pytest.WarningsRecorder) -> None:
-    assert list(read_ahead(lambda key: key, range(40), workers=(os.cpu_count() or 1) + 2)) == list(range(40))
+    assert list(read_ahead(abs, range(40), workers=(os.cpu_count() or 1) + 2)) == list(range(40))
     assert [str(warning.message) for warning in recwarn if "DataLoader" in str(warning.message)] == []
 
 
@@ -187,6 +229,97 @@ def test_whole_images_are_those_in_memory(photographs: Path) -> None:
         assert torch.equal(a.labels, b.labels)
         for size in (3, 64):
             assert torch.equal(torch.cat(list(a.blocks(size))), b.images)
+
+
+# Waiting for images ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, str]]]:
+    """(step, line) of what ``batches`` says, if a step waits ``wait`` seconds for its images and computes ``compute``.
+
+    The time that passes is what these say. ``held`` is where the images are: in files, a cache or memory.
+    """
+    now = [0.0]
+    monkeypatch.setattr("scclr.datasets.loader.time.monotonic", lambda: now[0])
+
+    def run(
+        wait: Callable[[int], float],
+        compute: float,
+        workers: int,
+        held: str = "files",
+        steps: int = 300,
+        cores: int = 8,
+    ) -> list[tuple[int, str]]:
+        step, found = 0, []
+
+        def read(job: Callable[[int], Any], keys: range, *_: object, **__: object) -> Any:
+            block = job(0)
+            for _ in keys:
+                now[0] += wait(step)
+                yield block
+
+        monkeypatch.setattr("scclr.datasets.loader.read_ahead", read)
+        monkeypatch.setattr("scclr.datasets.loader.available_cores", lambda: cores)
+        cache = {"cache": str(tmp_path), "resize": 24} if held == "cache" else {}
+        data = all_images(photographs, workers=workers, in_memory=held == "memory", **cache)
+        parts = batches(
+            data, simclr(), seed=0, batch_size=4, steps=range(steps), say=lambda line: found.append((step, line))
+        )
+        for step, _ in enumerate(parts, 1):  # noqa: B007
+            now[0] += compute
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("wait", "compute", "workers", "cores", "advice"),
+    [
+        (0.1, 0.9, 3, 8, "10% of the time: type dataset.workers=4"),
+        (1.5, 0.5, 2, 8, "75% of the time: type dataset.workers=8"),
+        (1.5, 0.5, 0, 8, "75% of the time: type dataset.workers=3"),
+        (0.6, 0.4, 4, 8, "60% of the time: type dataset.workers=8, or type dataset.cache=<folder>, which keeps"),
+        (0.6, 0.4, 8, 8, "60% of the time: type dataset.cache=<folder>, which keeps the images decoded"),
+        (1.0, 0.0, 9, 8, "100% of the time: type dataset.cache=<folder>, which keeps the images decoded"),
+    ],
+)
+def test_a_training_that_waits_for_images_says_so_once(
+    wait: float, compute: float, workers: int, cores: int, advice: str, told: Callable[..., list[tuple[int, str]]]
+) -> None:
+    ((step, line),) = told(lambda _: wait, compute, workers, cores=cores)
+    assert line.startswith(f"training waits for images {advice}")
+    assert 40 < step < 80
+
+
+def test_waiting_is_judged_again_later(told: Callable[..., list[tuple[int, str]]]) -> None:
+    """As when a disk becomes slow."""
+    ((step, _),) = told(lambda step: 0.01 if step < 150 else 0.5, 0.99, 2)
+    assert 150 < step < 250
+
+
+def test_a_cache_that_is_waited_for_needs_a_faster_disk(told: Callable[..., list[tuple[int, str]]]) -> None:
+    ((_, line),) = told(lambda _: 1.0, 1.0, 8, held="cache")
+    assert line.endswith("50% of the time: put the data on a faster disk")
+
+
+@pytest.mark.parametrize(
+    ("wait", "compute", "held", "steps"),
+    [
+        (lambda step: 0.04, 0.96, "files", 300),  # below a twentieth of the time
+        (lambda step: 60 if step < 19 else 0, 1.0, "files", 300),  # in the first steps only, in which workers start
+        (lambda step: 0.1, 0.1, "files", 100),  # over before it can be judged
+        (lambda step: 9.0, 1.0, "memory", 300),
+    ],
+)
+def test_nothing_is_said_without_need(
+    wait: Callable[[int], float],
+    compute: float,
+    held: str,
+    steps: int,
+    told: Callable[..., list[tuple[int, str]]],
+) -> None:
+    assert told(wait, compute, 2, held, steps) == []
 
 
 # Broken files ---------------------------------------------------------------------------------------------------------
@@ -297,6 +430,37 @@ def test_a_run_from_files(scclr: Callable[..., int], folder: Path, capfd: Any) -
         assert "augment.rotation=15 needs whole images" in capfd.readouterr().err
     assert scclr(*RUN, "augment=simclr", "dataset.workers=2") == 0
     assert len(list((folder / "runs").glob("*/*/result.json"))) == 1
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_job_saves_a_run_from_files(folder: Path) -> None:
+    """Slurm sends SIGTERM to every process. The workers go on until the last step is saved, and end with the run."""
+    write_photographs(folder / "tree", per_class=40)
+    line = [sys.executable, "-m", "scclr", *RUN, "stages=[pretrain]", "dataset.workers=2", "augment=simclr"]
+    line += ["pretrain.epochs=30", "pretrain.knn_every=0", "pretrain.log_every=1", "checkpoint.every=1000000"]
+    environment = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+
+    def steps() -> list[int]:
+        return [row["step"] for run in run_folders(folder) for row in rows_of(run)]
+
+    try:
+        process = start(line, folder, **environment)
+        until(lambda: (folder / "runs").exists() and any((folder / "runs").rglob("metrics.jsonl")) and len(steps()) > 2)
+        (server,) = children(process.pid, "forkserver")
+        workers = children(server, "")
+        assert len(workers) == 2
+        os.killpg(process.pid, signal.SIGTERM)
+        assert finish(process, 75).endswith("stopped by SIGTERM; type the same command to go on\n")
+        for number in [server, *workers]:
+            until(partial(ended, number), 10)
+        (run,) = run_folders(folder)
+        done = load(run)["step"]
+        assert steps() == list(range(1, done + 1)), "the last finished step is saved"
+        finish(start(line, folder, **environment))
+        assert steps() == list(range(1, load(run)["step"] + 1))
+        assert len(steps()) > done
+    finally:
+        kill_started()
 
 
 @pytest.mark.slow

@@ -262,3 +262,93 @@ def test_another_folder_has_another_digest(renames: dict[str, str], tmp_path: Pa
     for old, new in renames.items():
         (tmp_path / "b" / old).rename(tmp_path / "b" / new)
     assert image_folder(tmp_path / "b").digest() != first
+
+
+# Without labels -------------------------------------------------------------------------------------------------------
+
+
+def flat_folder(root: Path, images: int = 20) -> Path:
+    """Images of different grey levels, some of them in a folder below."""
+    for i in range(images):
+        write_image(root / ("more" if i % 4 == 0 else ".") / f"{i:03}.png", level=i * 10)
+    (root / "notes.txt").touch()
+    return root
+
+
+def test_a_flat_folder_has_no_classes_and_no_test_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    splits = image_folder(flat_folder(tmp_path), labels=None, in_memory=True).load()
+    assert splits.classes == ()
+    assert splits.pretrain is splits.train
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (15, 5, 0)
+    assert set(splits.train.labels.tolist()) == set(splits.validation.labels.tolist()) == {-1}
+    levels = [part.images.flatten(1)[:, 0].tolist() for part in (splits.train, splits.validation)]
+    assert sorted([*levels[0], *levels[1]]) == [i * 10 for i in range(20)]
+    assert "1 files of other kinds are left out (.txt 1)" in capsys.readouterr().err
+
+
+def test_the_splits_of_a_flat_folder_are_seeded_and_limited(tmp_path: Path) -> None:
+    root = flat_folder(tmp_path)
+    first, same, other = (image_folder(root, labels=None, split_seed=seed).load() for seed in (0, 0, 1))
+    assert torch.equal(first.train.images.index, same.train.images.index)
+    assert not torch.equal(first.validation.images.index, other.validation.images.index)
+    few = image_folder(root, labels=None, limit=8).load()
+    assert (len(few.train), len(few.validation)) == (6, 2)
+    everything = image_folder(root, labels=None, validation=None).load()
+    assert (len(everything.train), len(everything.validation)) == (20, 0)
+
+
+def test_labels_are_a_part_of_what_a_folder_is(tmp_path: Path) -> None:
+    write_photographs(tmp_path, per_class=3)
+    assert image_folder(tmp_path).digest() != image_folder(tmp_path, labels=None).digest()
+    write_image(tmp_path / "new.png")
+    assert len(image_folder(tmp_path).read().train) == 6
+    assert len(image_folder(tmp_path, labels=None).read().train) == 7
+
+
+def test_broken_files_of_a_flat_folder_are_refused_or_skipped(tmp_path: Path) -> None:
+    (flat_folder(tmp_path) / "005.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"005\.png"):
+        image_folder(tmp_path, labels=None, in_memory=True).load()
+    splits = image_folder(tmp_path, labels=None, in_memory=True, on_corrupt="skip").load()
+    assert len(splits.train) + len(splits.validation) == 19
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(UserError, match="no readable training image is left"):
+        image_folder(tmp_path, labels=None, in_memory=True, on_corrupt="skip").load()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": [0, 1]}, r"dataset\.classes=\[0, 1\] needs labels, and these images have none: drop it"),
+        ({"imbalance": 10}, r"dataset\.imbalance=10 needs labels"),
+        ({"limit": 1, "validation": 0.9}, r"dataset\.validation=0\.9 leaves none of 1 images to train on"),
+    ],
+)
+def test_what_needs_labels_is_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        image_folder(flat_folder(tmp_path), labels=None, **changes).load()
+
+
+def test_a_flat_folder_is_pretrained_on_and_nothing_else(
+    scclr: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for path in flat_folder(folder / "flat", 40).glob("more/*"):
+        path.rename(folder / "flat" / path.name)
+    (folder / "flat" / "more").rmdir()
+    words = ["dataset=imagefolder", "dataset.root=flat", "dataset.image_size=8", "augment=crop", *TINY[1:]]
+    assert scclr("train", *words) == 1
+    assert "images without labels: dataset.labels=null" in capsys.readouterr().err
+    words += ["dataset.labels=null", "pretrain.batch_size=16"]
+    for more in ([], ["stages=[pretrain]"], ["stages=[pretrain,theory]", "pretrain.knn_every=0"]):
+        assert scclr("train", *words, *more) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "these images have no labels; give labelled ones" in line
+        assert ("or type stages=[pretrain] pretrain.knn_every=0" in line) == ("pretrain.knn_every=0" not in more)
+    only = ["stages=[pretrain]", "pretrain.knn_every=0"]
+    assert scclr("train", *words, *only, "loss=supcon") == 1
+    assert "these images have no labels" in capsys.readouterr().err
+    assert not (folder / "runs").exists()
+    assert scclr("train", *words, *only) == 0
+    (run,) = (folder / "runs").glob("*/*/")
+    assert scclr("train", "stages=[probe]", f"init_from={run}", "dataset.limit=300", *TINY[-2:]) == 0

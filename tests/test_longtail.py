@@ -83,7 +83,9 @@ def test_accuracy_by_the_number_of_images() -> None:
     train = part([c for c, n in enumerate(counts) for _ in range(n)])
     test = part([0] * 4 + [1] * 2 + [2] * 2 + [3] * 2, wrong=2)
     splits = Splits(train, train, part([0, 1, 2, 3]), test, ("a", "b", "c", "d"), (0.5,), (0.5,), refit=False)
-    metrics = probe_pixels(splits, CONFIG).metrics
+    result = probe_pixels(splits, CONFIG)
+    assert result is not None
+    metrics = result.metrics
     for name in ("probe/logreg/top1", "knn/k1/top1"):
         assert metrics[name] == pytest.approx(0.8)
         assert metrics[f"{name}/many"] == pytest.approx((0.5 + 1) / 2)  # over classes; over images it would be 4 / 6
@@ -102,7 +104,7 @@ def test_a_balanced_validation_split_is_not_fitted() -> None:
         return torch.cat([angle.cos(), angle.sin()], 1)
 
     train, validation, test = part([20, 60] * 5, [0, 1] * 5), part([200] * 5, [0] * 5), part([210] * 5, [1] * 5)
-    features = represent(train), represent(validation), represent(test)
+    features = [(represent(part), part.labels) for part in (train, validation, test)]
     for refit, expected in ((True, 0), (False, 1)):
         splits = Splits(train, train, validation, test, ("a", "b"), (0.5,), (0.5,), refit)
-        assert probe(features, splits, CONFIG).metrics["knn/k1/top1"] == expected
+        assert probe(*features, splits, CONFIG).metrics["knn/k1/top1"] == expected

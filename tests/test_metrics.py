@@ -52,6 +52,27 @@ def test_effective_rank() -> None:
     assert math.isclose(rank.item(), math.exp(entropy), rel_tol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "dim", "rank"), [(500, 64, 64), (500, 64, 3), (500, 64, 1), (20, 64, 20), (64, 64, 40)])
+def test_effective_rank_is_that_of_the_singular_values(n: int, dim: int, rank: int, dtype: torch.dtype) -> None:
+    """The singular values span four orders of magnitude, and those beyond ``rank`` are rounding."""
+    draw = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -4, rank, dtype=torch.float64)
+    left, right = (torch.randn(size, rank, generator=draw, dtype=torch.float64) for size in (n, dim))
+    z = F.normalize(left * scales @ right.T, dim=1).to(dtype)
+    expected = metrics.entropy_rank(torch.linalg.svdvals(z.double())).item()
+    assert metrics.effective_rank(z).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_large_batch_is_measured_by_its_first_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, labels = torch.stack([unit(50, 4), unit(50, 4, 1)]), torch.arange(50) % 2
+    loss = BalancedLoss(alpha=0.5, temperature=0.5)
+    few = metrics.embedding_metrics(loss, z[:, :8], labels[:8])
+    assert metrics.embedding_metrics(loss, z, labels) != few
+    monkeypatch.setattr(metrics, "MEASURED_VIEWS", 16)
+    assert metrics.embedding_metrics(loss, z, labels) == few
+
+
 def test_tangent_gradients_are_the_gradients_through_normalization() -> None:
     z1, z2 = unit(6, 3), unit(6, 3, 1)
     loss = BalancedLoss(alpha=0.5, temperature=0.5)

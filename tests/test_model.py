@@ -11,11 +11,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scclr.components import check
+from scclr.components.make import try_encoder
 from scclr.config.errors import UserError
 from scclr.config.schema import ProjectorConfig
 from scclr.encoders.convnet import ConvNet
 from scclr.encoders.model import Model, activations, make_projector
 from scclr.encoders.resnet import ResNet
+from scclr.encoders.vit import ViT
 
 PROJECTOR = ProjectorConfig(depth=2, hidden_dim=24, out_dim=12, batch_norm=True, normalize=True)
 
@@ -83,11 +85,71 @@ def test_resnet_warns_about_the_imagenet_stem_on_small_images() -> None:
         ResNet(in_channels=3, image_size=32, depth=18, stem="tiny")
 
 
-def test_a_forward_pass_stays_on_its_device() -> None:
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize(("side", "patch"), [(8, 2), (32, 4), (28, 4), (64, 8)])
+def test_a_small_transformer_takes_small_images(side: int, patch: int, channels: int) -> None:
+    net = ViT(in_channels=channels, image_size=side, patch=patch, dim=24, depth=2, heads=3)
+    images = torch.rand(2, channels, side, side)
+    assert net(images).shape == (2, net.feature_dim) == (2, 24)
+    net(images).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    moved = images.roll(patch, 3)
+    assert not torch.allclose(net(images), net(moved)), "it knows where a patch lies"
+
+
+def test_the_first_layer_of_a_transformer_keeps_the_variance_of_a_pixel() -> None:
+    for channels in (1, 3):
+        torch.manual_seed(0)
+        net = ViT(in_channels=channels, image_size=32, patch=4, dim=192, depth=1, heads=3)
+        tokens = net.network.conv_proj(torch.randn(64, channels, 32, 32))
+        assert tokens.std().item() == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 33}, "patch=4 does not divide images of 33 pixels; give a divisor of these"),
+        ({"patch": 0}, "patch=0: give a number from 1"),
+        ({"patch": 1, "image_size": 10_000}, "patch=1 makes more than 100,000 tokens"),
+        ({"dim": 0}, "dim=0"),
+        ({"dim": 10**6}, "dim=1000000"),
+        ({"depth": 0}, "depth=0"),
+        ({"heads": 5}, "heads=5 does not divide dim=192; give a divisor of it"),
+        ({"heads": 0}, "heads=0 does not divide"),
+        ({"heads": -3}, "heads=-3 does not divide"),
+    ],
+)
+def test_sizes_of_a_transformer_have_to_fit(changes: dict[str, int], message: str) -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        ViT(**{"in_channels": 3, "image_size": 32, "patch": 4, "dim": 192, "depth": 1, "heads": 3, **changes})
+
+
+def test_views_of_a_size_that_the_encoder_does_not_take_are_refused() -> None:
+    words = ["encoder=vit_tiny", "encoder.depth=1", "dataset=cifar10", "augment=simclr"]
+    check(compose(*words))
+    with pytest.raises(UserError, match=r"the encoder takes no images of 24 x 24 pixels .*type another augment\.size"):
+        check(compose(*words, "augment.size=24"))
+
+
+def test_images_of_a_size_that_the_encoder_does_not_take_are_refused() -> None:
+    """After pretraining on images of another size: the model is made for those."""
+    config = compose("encoder=vit_tiny", "encoder.depth=1")
+    model = Model(ViT(in_channels=1, image_size=32, patch=4, dim=24, depth=1, heads=3), PROJECTOR, [0.5], [0.2])
+    try_encoder(config, model, [32])
+    with pytest.raises(
+        UserError, match=r"the encoder takes no images of 28 x 28 pixels .*; give images of another size"
+    ):
+        try_encoder(config, model, [32, 28])
+    assert model.training
+
+
+def test_a_forward_pass_stays_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors have shapes and devices only. An operation on tensors of different devices raises."""
+    monkeypatch.setattr("torch.nn.init.trunc_normal_", lambda x, **_: x)  # it draws until all numbers are in a range
     with FakeTensorMode(), torch.device("cuda"):
         small = ConvNet(in_channels=3, widths=[8, 16], stem_stride=2)
-        for encoder in (small, ResNet(in_channels=3, image_size=32, depth=18, stem="auto")):
+        transformer = ViT(in_channels=3, image_size=32, patch=4, dim=24, depth=1, heads=3)
+        for encoder in (small, ResNet(in_channels=3, image_size=32, depth=18, stem="auto"), transformer):
             model = Model(encoder, PROJECTOR, [0.5] * 3, [0.2] * 3)
             h, z = model(torch.rand(4, 3, 32, 32).contiguous(memory_format=torch.channels_last))
             assert h.device.type == z.device.type == "cuda"

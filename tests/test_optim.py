@@ -107,6 +107,22 @@ def test_lars_against_its_transcription(adapt: bool, decay: float, form: str, cl
         torch.testing.assert_close(p.detach(), e, rtol=1e-12, atol=1e-12)
 
 
+def test_lars_computes_the_ratios_of_all_tensors_together() -> None:
+    from torch.profiler import profile
+
+    counts = []
+    for tensors in (2, 30):
+        params = [nn.Parameter(torch.ones(3, 2)) for _ in range(tensors)]
+        optimizer = LARS([{"params": params, "weight_decay": 0.1, "lr": 0.1}], momentum=0.9, trust=0.1)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        with profile() as found:
+            optimizer.step()
+        counts.append(sum(event.name in ("aten::where", "aten::div", "aten::gt") for event in found.events()))
+    assert counts[0] == counts[1] > 0
+
+
 def test_lars_of_the_configuration_is_simclrs() -> None:
     """The two forms of momentum part under a schedule, so the one that the file cites matters."""
     node = OmegaConf.to_container(OmegaConf.load(conf_dir() / "optimizer" / "lars.yaml"))

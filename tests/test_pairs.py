@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loss_helpers import few, seeds
 from torch import Tensor
 
-from scclr.losses.pairs import row_logsumexp
+from scclr.losses.pairs import float32_products, row_logsumexp
 
 temperatures = st.sampled_from([0.001, 0.01, 0.05, 0.5, 1.0, 1000.0])
 tiles = st.sampled_from([1, 2, 3, 5, 12, 30])
@@ -96,6 +96,54 @@ def test_autocast_changes_neither_value_nor_gradient(tau):
     with torch.autocast("cpu", torch.bfloat16):
         found = value_and_gradients(lambda z: row_logsumexp(z, tau), z)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.01])
+def test_products_are_in_full_float32_whatever_the_process_chose(temperature, monkeypatch):
+    """Where the card or the processor has no faster kind, only the setting in force can be seen."""
+    z, seen = unit(20, 8, dtype=torch.float32), []
+    older = torch.get_float32_matmul_precision()
+    expected = value_and_gradients(lambda z: row_logsumexp(z, temperature), z)
+    multiply = torch.mm
+
+    def noted(*args, **options):
+        backend = getattr(torch.backends.mkldnn, "matmul", None)
+        by_backend = hasattr(backend, "fp32_precision")
+        seen.append(backend.fp32_precision if by_backend else torch.get_float32_matmul_precision())
+        return multiply(*args, **options)
+
+    monkeypatch.setattr(torch, "mm", noted)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = value_and_gradients(lambda z: row_logsumexp(z, temperature, tile=7), z)
+        assert torch.get_float32_matmul_precision() == "medium", "the choice of the process is left as it was"
+    finally:
+        torch.set_float32_matmul_precision(older)
+    assert set(seen) <= {"ieee", "highest"}
+    assert len(seen) == 6 + 6, "both passes"
+    assert_equal(found, [x.double() for x in expected], 1e-5)
+
+
+@pytest.mark.parametrize("chosen", ["tf32", "ieee"])
+def test_on_a_gpu_products_are_not_in_tf32(chosen):
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("before PyTorch 2.9 a single setting serves all devices")
+    older = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = chosen
+        with float32_products(torch.device("cuda")):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == chosen
+    finally:
+        matmul.fp32_precision = older
+
+
+def test_the_kernel_can_be_compiled():
+    z = unit(20, 8, dtype=torch.float32)
+    compiled = torch.compile(lambda z: row_logsumexp(z, 0.5), backend="eager", fullgraph=True)
+    expected = value_and_gradients(lambda z: row_logsumexp(z, 0.5), z)
+    assert all(map(torch.equal, value_and_gradients(compiled, z), expected))
 
 
 def test_long_rows_do_not_overflow():

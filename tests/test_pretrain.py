@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import TINY, compose, noise, training
+from torch.nn.parallel import DistributedDataParallel
 
 from scclr.augment import Augment
 from scclr.config.compose import conf_dir
@@ -15,7 +18,7 @@ from scclr.config.schema import TrainConfig
 from scclr.datasets import ImageSet
 from scclr.datasets.loader import Batch, epoch_order
 from scclr.losses import LossTerms
-from scclr.pretrain.loop import precision_dtype, pretrain, train_step
+from scclr.pretrain.loop import compiles, precision_dtype, pretrain, train_step, without_synchronization
 from scclr.pretrain.state import LossWindow, TrainState
 from scclr.run.checkpoint import Checkpoints
 from scclr.run.preemption import CheckpointSchedule, Stop
@@ -174,6 +177,17 @@ def test_precision() -> None:
         precision_dtype(cpu, "fp16")
 
 
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_bfloat16_is_chosen_where_a_gpu_does_not_emulate_it(
+    native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    cuda = torch.device("cuda")
+    assert precision_dtype(cuda, "auto") == expected
+    assert precision_dtype(cuda, "fp32") == torch.float32
+    assert precision_dtype(cuda, "bf16") == torch.bfloat16, "a wish is a wish"
+
+
 def test_float16_scales_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a scaler a step is the step without one, and a gradient that overflows skips it."""
     config, data = compose(*TINY, "optimizer=sgd", "projector.batch_norm=false"), noise(16)
@@ -197,6 +211,79 @@ def test_bfloat16_trains_close_to_float32() -> None:
     half = train(compose(*TINY, "pretrain.precision=bf16"), noise(200))
     assert half[0]["loss"] == pytest.approx(full[0]["loss"], rel=0.02)
     assert half[0]["loss"] != full[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "on_cpu", "on_cuda"),
+    [
+        ("auto", "auto", False, True), ("true", True, True, True), ("false", False, False, False),
+        ("yes", True, True, True), ("off", False, False, False),
+    ],
+)  # fmt: skip
+def test_compile_takes_auto_true_and_false(word: str, value: object, on_cpu: bool, on_cuda: bool) -> None:
+    found = compose(*TINY, f"pretrain.compile={word}").pretrain.compile
+    assert found is value or found == value == "auto"
+    assert compiles(torch.device("cpu"), found) is on_cpu
+    assert compiles(torch.device("cuda"), found) is on_cuda
+
+
+@pytest.mark.parametrize("word", ["maybe", "1", "null", "0.5", "[]"])
+def test_compile_takes_nothing_else(word: str) -> None:
+    with pytest.raises(UserError, match=r"^pretrain\.compile=[^\n]+: choose one of auto, true, false[^\n]*$"):
+        compose(*TINY, f"pretrain.compile={word}")
+
+
+@pytest.mark.parametrize("micro_batch", [None, 24])
+def test_compiled_steps_have_no_break_and_few_compilations(micro_batch: int | None) -> None:
+    """Also with an evaluation between the steps, and with a last part that is smaller than the others."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    config = compose(*TINY, "augment=simclr", "augment.exact=true", "optimizer=sgd")
+    (plain, augment), (state, _), data = training(config, 3), training(config, 3), noise(64, 3)
+    network, compiled = torch.compile(state.model, backend="eager"), augment.compiled(backend="eager")
+    batch, options = Batch(data.images, data.labels), {"dtype": torch.float32, "memory_format": torch.channels_last}
+    for _ in range(3):
+        found, _ = train_step(state, network, compiled, batch, seed=0, micro_batch=micro_batch, **options)  # type: ignore[arg-type]
+        expected, _ = train_step(plain, plain.model, augment, batch, seed=0, micro_batch=micro_batch, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(found.total, expected.total, rtol=1e-5, atol=0)
+        state.step, plain.step = state.step + 1, plain.step + 1
+        state.model.eval()(data.images[:5].float())
+        state.model.train()
+    assert not counters["graph_break"]
+    parts = 0 if micro_batch is None else 1
+    # The augmentation is compiled again for another size; the model also for a pass with a graph.
+    assert counters["stats"]["unique_graphs"] <= 2 + 3 * parts
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about its own dependencies
+def test_gradients_are_averaged_over_processes_once_a_step(compiled: bool, tmp_path: Path) -> None:
+    """With gradient caching, only the last part's backward pass sends gradients, compiled or not."""
+    torch._dynamo.reset()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        replica, sent = DistributedDataParallel(torch.nn.Linear(3, 2)), []
+
+        def note(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            sent.append(bucket.index())
+            done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        replica.register_comm_hook(None, note)
+        network = torch.compile(replica, backend="eager") if compiled else replica
+        for _ in range(2):
+            with without_synchronization(network):
+                network(torch.ones(4, 3)).sum().backward()
+            assert sent == []
+        network(torch.ones(4, 3)).sum().backward()
+        assert sent == [0]
+    finally:
+        dist.destroy_process_group()
+    with without_synchronization(torch.nn.Linear(3, 2)):
+        pass  # one process: there is nothing to hold back
 
 
 @pytest.mark.slow

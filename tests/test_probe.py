@@ -1,8 +1,14 @@
 """The evaluation protocols against scikit-learn and naive transcriptions, and the encoder they must not touch."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from image_files import digits
 from sklearn.linear_model import LogisticRegression
@@ -12,10 +18,12 @@ from scclr.config.schema import ProbeConfig, ProjectorConfig
 from scclr.datasets import ImageSet, Splits
 from scclr.encoders.convnet import ConvNet
 from scclr.encoders.model import Model
+from scclr.evaluate import logreg
 from scclr.evaluate.features import encoder_hash, extract_features, pixels
 from scclr.evaluate.knn import knn_predict
-from scclr.evaluate.logreg import PrincipalAxes, accuracy, choose_l2, fit_logreg, logits
-from scclr.evaluate.probe import probe_encoder, probe_pixels
+from scclr.evaluate.logreg import Fit, Objective, accuracy, choose_l2, fit_logreg, predict
+from scclr.evaluate.probe import class_accuracy, evaluate, probe_encoder, probe_pixels
+from scclr.run.result import _accuracies
 
 CONFIG = ProbeConfig(l2=[1e-3, 1e-2], max_iter=50, knn_k=5, knn_temperature=0.1, batch_size=128)
 
@@ -27,8 +35,12 @@ def blobs(n: int = 300, dim: int = 6, classes: int = 4, seed: int = 0) -> tuple[
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
-def top1(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> float:
-    return accuracy(logits(x, weights).argmax(1), y)
+def standardized(x: torch.Tensor) -> torch.Tensor:
+    return (x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-12)
+
+
+def in_scikit_learn(x: torch.Tensor, y: torch.Tensor, l2: float) -> LogisticRegression:
+    return LogisticRegression(C=1 / (l2 * len(x)), tol=1e-10, max_iter=5000).fit(standardized(x), y)
 
 
 def splits() -> Splits:
@@ -44,41 +56,133 @@ def model() -> Model:
 @pytest.mark.parametrize("l2", [1e-3, 1e-1])
 def test_logistic_regression_is_scikit_learns(l2: float) -> None:
     x, y = blobs()
-    ours = fit_logreg(x, y, 4, l2, 500)
-    theirs = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=2000).fit(x, y)
-
-    def objective(weights: torch.Tensor) -> float:
-        logits = x @ weights[:, :-1].T + weights[:, -1]
-        return (F.cross_entropy(logits, y) + l2 / 2 * weights[:, :-1].square().sum()).item()
-
+    x = x * torch.tensor([1.0, 10.0, 0.1, 1.0, 1.0, 1.0]) + 3  # features are standardized inside
+    theirs = in_scikit_learn(x, y, l2)
     reference = torch.from_numpy(np.column_stack([theirs.coef_, theirs.intercept_]))
-    assert objective(ours) == pytest.approx(objective(reference), rel=1e-7)
-    torch.testing.assert_close(ours[:, :-1], reference[:, :-1], atol=1e-3, rtol=1e-2)
-    assert top1(x, y, ours) == pytest.approx(theirs.score(x, y), abs=1 / len(x))
-    warm = fit_logreg(x, y, 4, l2, 500, start=fit_logreg(x, y, 4, 1.0, 500))
-    assert objective(warm) == pytest.approx(objective(reference), rel=1e-7)
+    value = F.cross_entropy(standardized(x) @ reference[:, :-1].T + reference[:, -1], y)
+    least = (value + l2 / 2 * reference[:, :-1].square().sum()).item()
+
+    objective = Objective.of([(x, y)], l2)
+    ours = fit_logreg([(x, y)], 4, l2, 500)
+    assert objective(ours.weights)[0].item() == pytest.approx(least, rel=1e-6)
+    exact = fit_logreg([(x, y)], 4, l2, 500, tolerance=1e-12)
+    on_standardized = exact.weights @ torch.linalg.inv(objective.standard)
+    torch.testing.assert_close(on_standardized[:, :-1], reference[:, :-1], atol=1e-5, rtol=1e-5)
+    assert accuracy(predict(x, exact.weights), y) == theirs.score(standardized(x), y)
+    assert exact.gradient < 1e-5 < fit_logreg([(x, y)], 4, l2, 2).gradient, "what was reached is told"
+    warm = fit_logreg([(x, y)], 4, l2, 500, fit_logreg([(x, y)], 4, 1.0, 500).weights)
+    assert objective(warm.weights)[0].item() == pytest.approx(least, rel=1e-6)
+
+
+def test_the_gradient_is_that_of_the_objective() -> None:
+    x, y = blobs()
+    objective = Objective.of([(x, y)], 0.01)
+    weights = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    value = F.cross_entropy(x @ weights[:, :-1].T + weights[:, -1], y)
+    value = value + 0.01 / 2 * (weights[:, :-1] * x.std(0, correction=0)).square().sum()
+    found, gradient = objective(weights.detach())
+    torch.testing.assert_close(found, value.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(value, weights)[0])
+
+
+def test_parts_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features in float32 and in two parts, in blocks of a few rows, against one block of float64."""
+    x, y = blobs()
+    x = x.float()
+    whole = fit_logreg([(x.double(), y)], 4, 1e-3, 100)
+    monkeypatch.setitem(logreg.BLOCK, "cpu", 70)
+    parts = fit_logreg([(x[:77], y[:77]), (x[77:], y[77:])], 4, 1e-3, 100)
+    assert parts.iterations == whole.iterations
+    torch.testing.assert_close(parts.weights, whole.weights, atol=1e-9, rtol=1e-9)
+    assert torch.equal(predict(x, parts.weights), predict(x.double(), whole.weights))
+
+
+def test_constant_repeated_and_too_many_features_do_no_harm() -> None:
+    x, y = blobs(60)
+    wide = torch.cat([x, x, torch.full((60, 100), 5.0)], 1)
+    fit = fit_logreg([(wide, y)], 4, 1e-9, 200)
+    assert fit.weights.isfinite().all()
+    assert fit.weights[:, 12:-1].abs().max() == 0
+    assert accuracy(predict(wide, fit.weights), y) >= in_scikit_learn(x, y, 1e-3).score(standardized(x), y)
 
 
 def test_strength_is_chosen_on_validation_and_ties_go_to_the_strongest() -> None:
     x, y = blobs(60, 20)
-    x_validation, y_validation = blobs(400, 20)
+    validation = blobs(400, 20)
     grid = [1e-6, 1e-3, 1e-1, 1.0, 10.0]
-    chosen, found = choose_l2((x, y), (x_validation, y_validation), 4, grid, 200)
-    axes = PrincipalAxes(x)
-    scores = {l2: top1(axes(x_validation), y_validation, fit_logreg(axes(x), y, 4, l2, 200)) for l2 in grid}
-    assert scores[chosen] >= max(scores.values()) - 0.01
-    assert found == pytest.approx(scores[chosen], abs=0.01)
+    choice = choose_l2((x, y), validation, 4, grid, 200)
+    fits = {l2: fit_logreg([(x, y)], 4, l2, 200) for l2 in grid}
+    scores = {l2: accuracy(predict(validation[0], fit.weights), validation[1]) for l2, fit in fits.items()}
+    assert scores[choice.l2] >= max(scores.values()) - 0.01
+    assert choice.validation == pytest.approx(scores[choice.l2], abs=0.01)
+    assert isinstance(choice.fit, Fit)
     apart = torch.tensor([[-1.0], [1.0]]).double().repeat(10, 1), torch.tensor([0, 1]).repeat(10)
-    assert choose_l2(apart, apart, 2, grid, 50) == (10.0, 1.0)
+    assert choose_l2(apart, apart, 2, grid, 50)[:2] == (10.0, 1.0)
 
 
-def test_principal_axes_are_a_rotation_of_standardised_features() -> None:
-    x = torch.cat([blobs()[0], torch.full((300, 1), 5.0)], 1)  # the last is constant
-    turned = PrincipalAxes(x)(x)
-    standard = (x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-9)
-    torch.testing.assert_close(turned @ turned.T, standard @ standard.T, atol=1e-9, rtol=1e-9)
-    covariance = turned.T @ turned / len(x)
-    torch.testing.assert_close(covariance, covariance.diag().diag(), atol=1e-9, rtol=0)
+def evaluate_shares(rank: int, size: int, folder: str) -> None:
+    """One process of ``test_processes_that_hold_shares_are_one``: what it finds on its share is in ``<rank>.pt``."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    x, y = blobs(201)
+    own = slice(rank * 101, (rank + 1) * 101)  # the last share is smaller, and has fewer images than vote
+    known = [(x[own], y[own]), (x[own][:3], y[own][:3])]
+    fit = fit_logreg(known, 4, 1e-3, 100)
+    queries = blobs(90, seed=1)[0][rank * 60 : (rank + 1) * 60]
+    voted = knn_predict(known, queries, 4, k=99, temperature=0.1)
+    labels = predict(x[own], fit.weights)
+    correct, by_class = accuracy(labels, y[own]), class_accuracy(labels, y[own], 4)
+    torch.save((fit.weights, fit.gradient, correct, by_class, voted), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_processes_that_hold_shares_are_one(tmp_path: Path) -> None:
+    mp.spawn(evaluate_shares, (2, str(tmp_path)), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    x, y = blobs(201)
+    known = [(x, y), *((x[start : start + 3], y[start : start + 3]) for start in (0, 101))]
+    fit = fit_logreg(known, 4, 1e-3, 100)
+    labels = predict(x, fit.weights)
+    for weights, gradient, correct, by_class, _ in found:
+        torch.testing.assert_close(weights, fit.weights, atol=1e-9, rtol=1e-9)
+        assert gradient == pytest.approx(fit.gradient, rel=1e-6)
+        assert correct == accuracy(labels, y)
+        assert torch.equal(by_class, class_accuracy(labels, y, 4))
+    voted = knn_predict(known, blobs(90, seed=1)[0], 4, k=99, temperature=0.1)
+    assert torch.equal(torch.cat([part for *_, part in found]), voted)
+
+
+MEMORY = """
+import resource, torch
+from scclr.config.schema import ProbeConfig
+from scclr.datasets import ImageSet, Splits
+from scclr.evaluate import knn
+from scclr.evaluate.probe import probe
+
+def part(n):
+    y = torch.arange(n) % 10
+    return torch.randn(n, 512).add_(torch.nn.functional.one_hot(y, 512)), y
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+knn.COSINES = 2**22
+config = ProbeConfig(l2=[1e-3, 1e-2], max_iter=4, knn_k=20, knn_temperature=0.1, batch_size=512)
+train, validation, test = part(80_000), part(8_000), part(8_000)
+sets = [ImageSet(torch.empty(len(y), 1, 1, 1, dtype=torch.uint8), y) for _, y in (train, validation, test)]
+splits = Splits(sets[0], *sets, tuple("0123456789"), (0.5,), (0.5,))
+small = [(x[:1000], y[:1000]) for x, y in (train, validation, test)]
+probe(*small, splits, config)
+before = peak()
+probe(train, validation, test, splits, config)
+print((peak() - before) / (96_000 * 512 * 4))
+"""
+
+
+def test_the_probe_copies_no_features() -> None:
+    """What it adds to 200 MB of features is a part of them."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.5, done.stdout
 
 
 @pytest.mark.parametrize("temperature", [0.2, 0.011, 0.01, 1e-6])
@@ -86,7 +190,7 @@ def test_knn_is_the_weighted_vote_at_any_temperature(temperature: float) -> None
     """Weights exp(cosine / temperature) overflow in float32 below 0.0113 unless they are relative to the largest."""
     x, y = (part.float() if part.is_floating_point() else part for part in blobs(200))
     queries, truth = blobs(80, seed=1)
-    found = knn_predict(x, y, queries.float(), 4, k=7, temperature=temperature)
+    found = knn_predict([(x, y)], queries.float(), 4, k=7, temperature=temperature)
     unit, to_query = F.normalize(x.double(), dim=1), F.normalize(queries, dim=1)
 
     def weights(distances: np.ndarray) -> np.ndarray:
@@ -94,8 +198,10 @@ def test_knn_is_the_weighted_vote_at_any_temperature(temperature: float) -> None
 
     reference = KNeighborsClassifier(7, metric="cosine", algorithm="brute", weights=weights)
     assert found.tolist() == reference.fit(unit.numpy(), y).predict(to_query.numpy()).tolist()
-    assert torch.equal(knn_predict(x, y, x, 4, k=1, temperature=temperature), y)
-    assert knn_predict(x[:3], y[:3], queries.float(), 4, k=20, temperature=temperature).shape == truth.shape
+    assert torch.equal(knn_predict([(x, y)], x, 4, k=1, temperature=temperature), y)
+    parts = [(x[:3], y[:3]), (x[3:150], y[3:150]), (x[150:], y[150:])]
+    assert torch.equal(knn_predict(parts, queries.float(), 4, k=7, temperature=temperature), found)
+    assert knn_predict([(x[:3], y[:3])], queries.float(), 4, k=20, temperature=temperature).shape == truth.shape
 
 
 def test_the_encoder_is_frozen_and_in_eval_mode() -> None:
@@ -129,8 +235,17 @@ def test_evaluation_that_changes_the_encoder_is_caught(monkeypatch: pytest.Monke
 
 def test_pixels_are_a_fair_baseline() -> None:
     result = probe_pixels(splits(), CONFIG)
+    assert result is not None
     assert result.metrics["probe/logreg/top1"] > 0.85
     large = ImageSet(torch.full((2, 3, 96, 96), 51, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
     assert pixels(large).shape == (2, 3 * 32 * 32)
     torch.testing.assert_close(pixels(large), torch.full((2, 3072), 0.2))
     assert pixels(splits().test).shape[1] == 64
+
+
+def test_pixels_of_very_many_images_are_left_out_and_this_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scclr.evaluate.probe.MOST_PIXELS", 100)
+    found = evaluate(model(), model(), splits(), CONFIG)
+    assert found["left_out"] == {"baseline/pixels/": "over 100 images"}
+    assert set(found["l2"]) == {"probe/logreg", "baseline/untrained/probe/logreg"} == set(found["gradient"])
+    assert "raw pixels" not in "".join(_accuracies(found["metrics"]))

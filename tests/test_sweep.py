@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoint_files import state
@@ -15,7 +16,7 @@ import scclr.train as train
 from scclr.config.errors import UserError
 from scclr.run.checkpoint import save
 from scclr.run.lock import file_lock, run_lock
-from scclr.run.sweep import Point, before, clock, fail, listed, remember, remembered, status
+from scclr.run.sweep import Point, before, clock, devices, divided, fail, listed, remember, remembered, status
 
 RESULT = {"metrics": {}, "config": asdict(compose(*TINY)), "seconds": {"total": 100}}
 # Three times, twelve processes add their points to one file at the same moment.
@@ -32,6 +33,28 @@ for folder in "012":
             os._exit(0)
     if any(os.wait()[1] for _ in range(12)):
         sys.exit(1)
+"""
+# Six points run two at a time, each with devices of its own, which it notes; the first one is killed.
+SHARED = """
+import os, signal, sys, time
+from functools import partial
+from tempfile import TemporaryDirectory
+from scclr.run.parallel import run_points
+from scclr.run.sweep import own_devices
+
+def work(point, folder):
+    with own_devices(folder, ["0,3", "GPU-b,GPU-c"]):
+        share = os.environ["CUDA_VISIBLE_DEVICES"]
+        print(time.monotonic(), point, "begins", share, flush=True)
+        time.sleep(0.4)
+        if point == 0:
+            print(time.monotonic(), point, "ends", share, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        print(time.monotonic(), point, "ends", share, flush=True)
+
+if __name__ == "__main__":
+    with TemporaryDirectory() as folder:
+        run_points(partial(work, folder=folder), range(6), 2, killed=print, preload=[])
 """
 
 
@@ -134,6 +157,124 @@ def test_sweeps_that_start_together_lose_no_point(folder: Path) -> None:
     for name in "012":
         assert remembered(folder / name) == {f"{i}-{j}": f"seed={i}" for i in range(12) for j in range(3)}
         assert sorted(path.name for path in (folder / name).iterdir()) == [".sweep.lock", "sweep.json"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "names"),
+    [(None, 3, ["0", "1", "2"]), ("2,5", 2, ["2", "5"]), ("GPU-a, GPU-b,9", 2, ["GPU-a", "GPU-b"]), ("", 0, [])],
+)
+def test_devices_are_named_as_the_user_has_chosen_them(
+    visible: str | None, count: int, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    assert devices() == names
+
+
+@pytest.mark.parametrize(
+    ("jobs", "names", "each", "expected"),
+    [
+        (-1, "", 1, (8, [])),  # one on each core
+        (-2, "", 1, (7, [])),
+        (20, "", 1, (20, [])),
+        (-1, "0 1 2 3", 1, (4, ["0", "1", "2", "3"])),
+        (-1, "0 1 2 3", 2, (2, ["0,1", "2,3"])),
+        (-1, "4 5 6", 2, (1, ["4,5"])),
+        (-2, "0 1 2 3", 1, (3, ["0", "1", "2", "3"])),
+        (2, "0 1 2 3", 1, (2, ["0", "1", "2", "3"])),
+        (-9, "0 1", 1, (1, ["0", "1"])),
+    ],
+)
+def test_jobs_and_processes_divide_the_devices(
+    jobs: int, names: str, each: int, expected: tuple[int, list[str]]
+) -> None:
+    assert divided(jobs, cores=8, names=names.split(), each=each) == expected
+
+
+@pytest.mark.parametrize(
+    ("jobs", "each", "message"),
+    [
+        (5, 1, r"^hydra\.launcher\.n_jobs=5: 4 CUDA devices are enough for 4 runs at once; type .*n_jobs=4$"),
+        (
+            3,
+            2,
+            r"^hydra\.launcher\.n_jobs=3: 4 CUDA devices are enough for 2 runs of nproc=2 at once; type .*n_jobs=2$",
+        ),
+    ],
+)
+def test_more_jobs_than_devices_are_refused(jobs: int, each: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        divided(jobs, cores=64, names=["0", "1", "2", "3"], each=each)
+
+
+@pytest.mark.slow
+def test_no_two_points_share_a_device(folder: Path) -> None:
+    (folder / "script.py").write_text(SHARED)
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["0", "SIGKILL"] in lines
+    events = sorted((float(line[0]), *line[1:]) for line in lines if len(line) == 4)
+    assert len(events) == 12
+    used: set[str] = set()
+    seen: set[str] = set()
+    for _, _, what, share in events:
+        assert (share in used) == (what == "ends")
+        used ^= {share}
+        seen.add(share)
+    assert seen == {"0,3", "GPU-b,GPU-c"}
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]:
+    """Four CUDA devices, as far as the checks see; (runs at once, shares of the devices) of each sweep is noted."""
+    seen = []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in {"device_count": 4, "is_available": True, "is_bf16_supported": True}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, value=value, **__: value)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=2**36))
+    monkeypatch.setattr("scclr.run.machine.available_cores", lambda: 3)
+    monkeypatch.setattr(
+        "scclr.run.parallel.run_points",
+        lambda work, points, jobs, **_: seen.append((jobs, tuple(work.keywords["shares"]))),
+    )
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", (4, ("0", "1", "2", "3"))),
+        ("nproc=2 pretrain.batch_size=64", (2, ("0,1", "2,3"))),
+        ("nproc=1,4 pretrain.batch_size=64", None),
+        ("hydra.launcher.n_jobs=2", (2, ("0", "1", "2", "3"))),
+        ("device=cpu", (3, ())),
+    ],
+)
+def test_a_sweep_divides_the_devices(
+    words: str, expected: tuple[int, tuple[str, ...]] | None, scclr: Callable[..., int], cards: list, folder: Path
+) -> None:
+    if expected is None:  # all four at once: one point after the other, in this process
+        ran = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("scclr.cli.run_point", lambda one: ran.append(one))
+            assert scclr("train", "-m", "seed=0,1,2", "hydra/launcher=joblib", *TINY, *words.split()) == 1
+        assert (len(ran), cards) == (6, [])
+        return
+    assert scclr("train", "-m", "seed=0,1,2,3,4", "hydra/launcher=joblib", *TINY, *words.split()) == 1
+    assert cards == [expected]
+
+
+def test_a_sweep_with_too_many_jobs_leaves_nothing(
+    scclr: Callable[..., int], cards: list, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["-m", "seed=0,1,2,3,4", "nproc=2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=4", *TINY]
+    assert scclr("train", *words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("4 CUDA devices are enough for 2 runs of nproc=2 at once; type hydra.launcher.n_jobs=2")
+    assert (cards, list(folder.iterdir())) == ([], [])
 
 
 def test_failed_points_are_listed_and_the_finished_ones_not_run_again(

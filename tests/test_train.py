@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from scclr.config.build import build
 from scclr.config.compose import conf_dir
 from scclr.config.errors import UserError
 from scclr.datasets.loader import batch_indices
+from scclr.run import machine
 from scclr.run.checkpoint import load
 from scclr.run.lock import run_lock
 
@@ -306,16 +308,158 @@ def test_determinism_is_set_for_the_run_only(on: bool, monkeypatch: pytest.Monke
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_too_little_memory_is_said_in_one_line(
-    scclr: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+def lacks_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
 
-    monkeypatch.setattr("scclr.train.run_stages", full)
+
+@pytest.mark.parametrize(
+    ("place", "advice"),
+    [
+        ("run_stages", "end what else uses this memory, or type the same command where there is more"),
+        ("forecast_collapse", "end what else uses this memory, or type the same command where there is more"),
+        ("pretrain", "type pretrain.micro_batch=64, which keeps the gradient, or a smaller pretrain.batch_size"),
+        ("knn_accuracy", "type a smaller probe.batch_size or pretrain.knn_images"),
+    ],
+)
+def test_too_little_memory_is_said_in_one_line(
+    place: str, advice: str, scclr: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"scclr.train.{place}", lacks_memory)
     assert scclr("train", *TINY) == 1
-    advice = "CUDA out of memory. Tried to allocate 2.00 GiB.; type pretrain.micro_batch=64, which keeps the gradient"
-    assert advice in capsys.readouterr().err.splitlines()[-1]
+    expected = f"scclr train: error: CUDA out of memory. Tried to allocate 2.00 GiB.; {advice}"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("stages", "place", "rest", "smaller"),
+    [
+        ("[pretrain,probe]", "evaluate", "[probe]", "probe.batch_size=128"),
+        ("[pretrain,probe,theory]", "measure", "[probe,theory]", "theory.images=2500"),
+    ],
+)
+def test_advice_on_memory_keeps_a_finished_pretraining(
+    stages: str, place: str, rest: str, smaller: str,
+    scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    with monkeypatch.context() as small:
+        small.setattr(f"scclr.train.{place}", lacks_memory)
+        assert scclr("train", f"stages={stages}", *TINY) == 1
+    (run,) = run_folders(folder)
+    source = f"init_from={run.relative_to(folder)}"
+    again = f"scclr train stages={rest} {source} {smaller} and the dataset's keys, which keeps the pretraining"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"2.00 GiB.; type {again}")
+    keys = [word for word in TINY if word.startswith(("dataset", "probe"))]
+    monkeypatch.setattr("scclr.train.pretrain", lacks_memory)  # which is not called again
+    assert scclr("train", f"stages={rest}", source, smaller, *keys) == 0
+    with monkeypatch.context() as small:
+        small.setattr(f"scclr.train.{place}", lacks_memory)
+        assert scclr("train", f"stages={rest}", source, smaller, *keys, "name=again") == 1
+    value = int(smaller.split("=")[1]) // 4
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"; type {smaller.split('=')[0]}={value}")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "NCCL error in: ../NCCLUtils.hpp:275, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_allocations_of_cuda_libraries_that_fail_are_about_memory(message: str) -> None:
+    assert str(machine.memory_error(RuntimeError(message), "type less")).endswith("; type less")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "CUDA error: an illegal memory access was encountered",
+    ],
+)
+def test_other_errors_of_cuda_libraries_are_not(message: str) -> None:
+    assert machine.memory_error(RuntimeError(message), "type less") is None
+
+
+Arithmetic = tuple[bool, bool, bool, bool, bool]
+
+
+def arithmetic() -> Arithmetic:
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return matmul, cudnn.allow_tf32, cudnn.benchmark, torch.are_deterministic_algorithms_enabled(), warns
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_evaluates_is_pinned_and_what_trains_is_not(
+    deterministic: bool, scclr: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import scclr.train as train
+
+    seen: dict[str, set[Arithmetic]] = {}
+
+    def watch(name: str) -> None:
+        plain = getattr(train, name)
+
+        def watched(*args: object, **named: object) -> object:
+            seen.setdefault(name, set()).add(arithmetic())
+            return plain(*args, **named)
+
+        monkeypatch.setattr(train, name, watched)
+
+    for name in ("forecast_collapse", "pretrain", "knn_accuracy", "evaluate", "measure"):
+        watch(name)
+    before = arithmetic()
+    words = [f"deterministic={str(deterministic).lower()}", "stages=[pretrain,probe,theory]", "theory.images=60"]
+    assert scclr("train", *words, *TINY) == 0
+    assert arithmetic() == before
+    assert seen.pop("pretrain") == {(False, True, not deterministic, deterministic, False)}
+    assert len(seen) == 4
+    assert set.union(*seen.values()) == {(False, False, False, True, not deterministic)}
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on CUDA."""
+
+    device = torch.device("cuda")  # type: ignore[assignment]
+
+    def cpu(self) -> torch.Tensor:  # type: ignore[override]
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("solver", [torch.linalg.eigh, torch.linalg.eigvalsh])
+@pytest.mark.parametrize(
+    ("error", "replaced"),
+    [
+        (torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge"), True),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_INVALID_VALUE, when calling `cusolverDnXsyevd`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_a_solver_that_fails_on_cuda_is_replaced_by_that_of_the_cpu(
+    error: RuntimeError, replaced: bool, solver: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    x = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+
+    def failing(given: torch.Tensor) -> torch.Tensor:
+        if isinstance(given, OnCuda):
+            raise error
+        return solver(given)
+
+    with mock.patch.object(torch.Tensor, "to", lambda self, device: self):
+        if replaced:
+            torch.testing.assert_close(machine.decompose(failing, x.as_subclass(OnCuda)), solver(x))
+        else:
+            with pytest.raises(RuntimeError, match="illegal memory access"):
+                machine.decompose(failing, x.as_subclass(OnCuda))
+    with pytest.raises(RuntimeError) as caught:
+        machine.decompose(mock.Mock(side_effect=error), x)
+    assert caught.value is error, "there is no other solver for a CPU"
 
 
 def test_a_sweeper_is_given_the_validation_accuracy(scclr: Run, folder: Path) -> None:

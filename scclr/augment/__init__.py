@@ -1,18 +1,19 @@
 """Random views of every image: batched, on the images' device, with randomness that is a function of (seed, step).
 
 Every view has its own parameters, a few floats that are drawn on the CPU from ``(seed, step)`` alone. So a resumed run
-sees the same views, and so does another device. The CPU therefore knows which views an operation changes, and the
-others are skipped without waiting for the device. Normalization is not here but in the model, because a frozen encoder
-takes its statistics along to other datasets.
+sees the same views, and so does another device. On a CPU, an operation is done on the views that it changes. A GPU
+would have to be told which ones, at each operation. There all views go through the same operations, whose parameters
+travel together (``Augment.render``). Both give the same views to rounding. Normalization is not here but in the model,
+because a frozen encoder takes its statistics along to other datasets.
 
 Dimensions: B images, V views of each, R = V B rows, C channels (1 or 3), H x W pixels, S pixels on a side of a view.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,22 +25,19 @@ from scclr.augment.colour import (
     adjust_hue,
     adjust_saturation,
     colour_maps,
+    colour_steps,
     linear,
+    recolour,
     to_grey,
     with_channels,
 )
-from scclr.augment.draws import CROP_ATTEMPTS, Draws
+from scclr.augment.draws import CROP_ATTEMPTS, RANGES, Draws, Recipe
 from scclr.augment.geometry import blur, resize_taps, rotate, separable
 
-__all__ = ["Augment", "Draws", "Recipe", "generator", "with_channels"]
+__all__ = ["RANGES", "Augment", "Draws", "Recipe", "generator", "with_channels"]
 
 ORDER_STREAM, VIEW_STREAM, SAMPLE_STREAM = 0, 1, 2  # independent uses of ``generator``
 CPU_CHUNK_FLOATS = 2**20  # in work at once on a CPU: 4 MiB stay in its caches, a whole batch of photographs does not
-RANGES = {
-    "crop_scale": (1e-4, 1), "crop_ratio": (0.01, 100), "flip": (0, 1), "rotation": (0, 180), "jitter": (0, 1),
-    "brightness": (0, 10), "contrast": (0, 10), "saturation": (0, 10), "hue": (0, 0.5), "grayscale": (0, 1),
-    "blur": (0, 1), "blur_sigma": (1e-3, 1000), "solarize": (0, 1),
-}  # fmt: skip
 MAX_SIZE = 10_000
 
 
@@ -47,56 +45,6 @@ def generator(seed: int, step: int, stream: int) -> torch.Generator:
     """A CPU generator that is a pure function of its arguments; ``stream`` separates independent uses."""
     state = np.random.SeedSequence((seed, stream, step)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a view is made, in SimCLR's order: rotation, crop, flip, colour jitter, grayscale, blur, solarization.
-
-    Args:
-        crop_scale: least and greatest area of the crop divided by the image's, in [1e-4, 1]; ``[1, 1]`` keeps the whole
-            image.
-        crop_ratio: least and greatest aspect ratio of the crop, in [0.01, 100]; it is log-uniform in between.
-        flip: probability of a horizontal flip.
-        rotation: degrees in [0, 180]; the angle is uniform in ``[-rotation, rotation]``, and the corners become black.
-        jitter: probability of colour jitter, whose four operations come in a random order for every view.
-        brightness, contrast, saturation: strength ``x`` in [0, 10]; the factor is uniform in
-            ``[max(0, 1 - x), 1 + x]``.
-        hue: strength in [0, 0.5]; the shift is uniform in ``[-hue, hue]`` turns.
-        grayscale: probability of turning grey.
-        blur: probability of a Gaussian blur, whose kernel spans a tenth of the view (SimCLR, app. A).
-        blur_sigma: least and greatest standard deviation of the blur in pixels, in [0.001, 1000]; it is uniform in
-            between.
-        solarize: probability of inverting the pixels of 0.5 and above (BYOL, app. B).
-
-    Raises:
-        ValueError: for what is not a number in its range, or a least value above the greatest.
-    """
-
-    crop_scale: list[float]
-    crop_ratio: list[float]
-    flip: float
-    rotation: float
-    jitter: float
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    grayscale: float
-    blur: float
-    blur_sigma: list[float]
-    solarize: float
-
-    def __post_init__(self) -> None:
-        for name, (least, greatest) in RANGES.items():
-            value, advice = getattr(self, name), f"a number from {least:g} to {greatest:g}"
-            ends: Sequence[Any] = [value]
-            if name in ("crop_scale", "crop_ratio", "blur_sigma"):
-                advice = f"[low, high] with {least:g} <= low <= high <= {greatest:g}"
-                ends = value if isinstance(value, list | tuple) and len(value) == 2 else [None]
-            numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
-            if not (numbers and least <= ends[0] <= ends[-1] <= greatest):  # also false for NaN
-                raise ValueError(f"{name}={value}: give {advice}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,15 +99,68 @@ class Augment(Recipe):
         Raises:
             ValueError: crops for a recipe with a rotation, which comes before the crop.
         """
-        draws = self.draw(total or len(images), seed=seed, step=step)
-        draws = draws.select_images(len(self.views), slice(first, first + len(images)))
+        total = total or len(images)
+        if images.device.type != "cpu" or "render" in vars(self):
+            table = self.prepare(images, seed=seed, step=step, total=total).unflatten(1, (len(self.views), total))
+            table = table[:, :, first : first + len(images)].flatten(1)
+            return self.render(images if images.ndim == 4 else images.transpose(0, 1).flatten(0, 1), table)
+        draws = self._draws(total, seed, step).select_images(len(self.views), slice(first, first + len(images)))
         if images.ndim == 4:
-            return self._render(images, draws, draws.boxes(*images.shape[2:]))
+            return self._render_on_cpu(images, draws, draws.boxes(*images.shape[2:]))
+        crops = images.transpose(0, 1).flatten(0, 1)  # [V B, C, S, S]
+        return self._render_on_cpu(crops, draws, self._boxes(images, draws))
+
+    def compiled(self, **options: Any) -> Self:
+        """This augmentation with ``render`` compiled by ``torch.compile``, also on a CPU.
+
+        It is compiled for each number of images, of which a training has two at most. One graph for any number would
+        take many times as long to compile.
+        """
+        copy = replace(self)
+        vars(copy)["render"] = torch.compile(self.render, fullgraph=True, dynamic=False, **options)
+        return copy
+
+    def prepare(self, images: Tensor, *, seed: int, step: int, total: int) -> Tensor:
+        """The parameters of all views of ``total`` images like ``images``, as ``render`` takes them, on their device.
+
+        They are kept until those of another step are asked for. So all parts of a batch share them, and they can be
+        sent ahead. The device is not waited for: they leave from pinned memory.
+        """
+        device, shape = images.device, tuple(images.shape[1:])
+        key = seed, step, total, shape, device
+        if (kept := vars(self).get("_prepared")) is None or kept[0] != key:
+            draws, channels = self._draws(total, seed, step), shape[-3]
+            drawn = [draws.flipped, draws.degrees, draws.sigma, draws.blurred, draws.solarized]
+            rows = [self._boxes(images, draws).T, torch.zeros(1, len(draws.sigma)), torch.stack(drawn)]
+            if any(recipe.jitter > 0 or recipe.grayscale > 0 for recipe in self.recipes):
+                rows += [colour_steps(draws, channels).T if self.exact else colour_maps(draws, channels).flatten(1).T]
+            pinned = device.type == "cuda" and torch.cuda.is_available()
+            table = torch.empty(sum(map(len, rows)), len(draws.sigma), pin_memory=pinned)
+            kept = key, torch.cat(rows, out=table).to(device, non_blocking=True)
+            vars(self)["_prepared"] = kept
+        prepared: Tensor = kept[1]
+        return prepared
+
+    def _draws(self, total: int, seed: int, step: int) -> Draws:
+        """``draw``, kept until another step's is asked for: the parts of a batch have it in common."""
+        key = total, seed, step
+        if (kept := vars(self).get("_drawn")) is None or kept[0] != key:
+            kept = key, self.draw(total, seed=seed, step=step)
+            vars(self)["_drawn"] = kept
+        draws: Draws = kept[1]
+        return draws
+
+    def _boxes(self, images: Tensor, draws: Draws) -> Tensor:
+        """The crops that ``images`` are still to be cut to, [R, 4].
+
+        Raises:
+            ValueError: as ``__call__``.
+        """
+        if images.ndim == 4:
+            return draws.boxes(*images.shape[2:])
         if any(recipe.rotation > 0 for recipe in self.recipes):
             raise ValueError("rotation comes before the crop: it needs whole images")
-        crops = images.transpose(0, 1).flatten(0, 1)  # [V B, C, S, S]
-        whole = torch.tensor([[0.0, 0.0, *crops.shape[2:]]]).expand(len(crops), -1)
-        return self._render(crops, draws, whole)
+        return torch.tensor([[0.0, 0.0, *images.shape[3:]]]).expand(len(draws.sigma), -1)
 
     def draw(self, total: int, *, seed: int, step: int) -> Draws:
         """The parameters of all views of a step's ``total`` images."""
@@ -200,23 +201,48 @@ class Augment(Recipe):
         )
         return Draws(*(values.flatten(0, 1) for values in draws))
 
-    def _render(self, source: Tensor, draws: Draws, boxes: Tensor) -> Tensor:
-        """Views of ``source`` uint8 [B, C, H, W] with ``boxes`` [R, 4], where row r is of image r mod B; on a CPU in
-        chunks.
+    def render(self, source: Tensor, table: Tensor) -> Tensor:
+        """Views of ``source`` uint8 [B, C, H, W] by a ``table`` [parameters, R], where column r is for image r mod B.
 
-        Cropped views are transposed, [.., W, H], until they are written: that saves a transposition.
+        Every operation is done on all views, and a view that it is not for gets what leaves it unchanged. So the
+        operations depend on the recipe and on shapes alone.
         """
-        count, (channels, height, width), device = len(source), source.shape[1:], source.device
+        count, _, height, width = source.shape
+        copies, size = table.shape[1] // count, (self.size or height, self.size or width)
+        degrees, sigma, blurred, solarized = table[6:10].unbind()
+        x = source.float().div_(255)
+        if any(recipe.rotation > 0 for recipe in self.recipes):
+            x = rotate(x.repeat(copies, 1, 1, 1), degrees)
+        if (height, size[0]) == (width, size[1]):  # both axes at once
+            both = resize_taps(table[:2].flatten(), table[2:4].flatten(), height, size[0], table[4:6].flatten())
+            taps = [[part.chunk(2)[axis] for part in both] for axis in (0, 1)]
+        else:
+            taps = [
+                list(resize_taps(table[axis], table[2 + axis], full, size[axis], table[4 + axis]))
+                for axis, full in enumerate((height, width))
+            ]
+        x = separable(x, *taps)  # transposed until the end: that saves a transposition
+        if len(colours := table[10:]) > 0 and self.exact:
+            x = recolour(x, colours.T)
+        elif len(colours) > 0:
+            x = linear(x, colours.T.unflatten(1, (x.shape[1], -1))).clamp_(0, 1)
+        if any(recipe.blur > 0 for recipe in self.recipes):
+            x = torch.where(blurred.view(-1, 1, 1, 1) > 0, blur(x, sigma, self._blur_size(x)), x)
+        if any(recipe.solarize > 0 for recipe in self.recipes):
+            x = torch.where((solarized.view(-1, 1, 1, 1) > 0) & (x >= 0.5), 1 - x, x)
+        return x.transpose(2, 3).contiguous(memory_format=torch.channels_last)
+
+    def _render_on_cpu(self, source: Tensor, draws: Draws, boxes: Tensor) -> Tensor:
+        """What ``render`` gives, by the views that each operation changes, and in chunks that fit a core's caches."""
+        count, (channels, height, width) = len(source), source.shape[1:]
         maps = [] if self.exact else [colour_maps(draws, channels).flatten(1)]
         table = torch.cat([boxes, draws.flipped.unsqueeze(1), draws.degrees.unsqueeze(1), *maps], 1)
-        table = table.to(device, non_blocking=True)  # one transfer
         top, left, box_height, box_width, flipped, degrees = table[:, :6].unbind(1)
         vertical = resize_taps(top, box_height, height, self.size or height)
         horizontal = resize_taps(left, box_width, width, self.size or width, flipped)
         size = (len(boxes), channels, self.size or height, self.size or width)
-        out = torch.empty(size, device=device, memory_format=torch.channels_last)
-        chunks = math.ceil(count * out[0].numel() / CPU_CHUNK_FLOATS) if device.type == "cpu" else 1
-        chunk = math.ceil(count / chunks)
+        out = torch.empty(size, memory_format=torch.channels_last)
+        chunk = math.ceil(count / math.ceil(count * out[0].numel() / CPU_CHUNK_FLOATS))
         for first in range(0, count, chunk):
             images = source[first : first + chunk].float().div_(255)
             for start in range(first, len(boxes), count):  # this chunk in every view
@@ -242,17 +268,19 @@ class Augment(Recipe):
             x = _apply(x, draws.grey[rows], lambda part: to_grey(part).expand_as(part))
         return x
 
+    @staticmethod
+    def _blur_size(x: Tensor) -> int:
+        return max(3, 2 * (min(x.shape[-2:]) // 20) + 1)  # odd
+
     def _filter(self, x: Tensor, draws: Draws, rows: slice) -> Tensor:
-        size = max(3, 2 * (min(x.shape[-2:]) // 20) + 1)  # odd
+        size = self._blur_size(x)
         x = _apply(x, draws.blurred[rows], lambda part, sigma: blur(part, sigma, size), draws.sigma[rows])
         return _apply(x, draws.solarized[rows], lambda part: torch.where(part >= 0.5, 1 - part, part))
 
 
 def _apply(x: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
-    """``x`` with ``operation`` applied to the ``chosen`` views (CPU mask [R]), each with its row of ``parameters``."""
-    index = chosen.nonzero().squeeze(1)
-    if len(index) == 0:
+    """``x`` with ``operation`` applied to the ``chosen`` views (mask [R]), each with its row of ``parameters``."""
+    rows = chosen.nonzero().squeeze(1)
+    if len(rows) == 0:
         return x
-    rows = index.to(x.device, non_blocking=True)
-    moved = (p[index].to(x.device, non_blocking=True) for p in parameters)
-    return x.index_copy_(0, rows, operation(x.index_select(0, rows), *moved))
+    return x.index_copy_(0, rows, operation(x.index_select(0, rows), *(p[rows] for p in parameters)))

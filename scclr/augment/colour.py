@@ -12,6 +12,9 @@ from torch import Tensor
 from scclr.augment.draws import Draws
 
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
+HUE = 3  # the kind of operation that a shift of the hue is in ``Draws.jitter_order``
+PLACES = (0, 1, 2, 1, 2, 3)  # in a view's order, of the blends before the shift of the hue, and of those after it
+BLENDS = len(PLACES) + 1  # the last one is grayscale
 
 
 def colour_maps(draws: Draws, channels: int) -> Tensor:
@@ -54,6 +57,58 @@ def linear(x: Tensor, maps: Tensor) -> Tensor:
     pixels = x.flatten(2)  # [R, C, H W]
     pixel, mean = maps.chunk(2, 2)
     return torch.baddbmm(mean @ pixels.mean(2, keepdim=True), pixel, pixels).view_as(x)
+
+
+def colour_steps(draws: Draws, channels: int) -> Tensor:
+    """Jitter and grayscale of each view as the same sequence of operations for all: ``recolour`` carries them out.
+
+    Brightness, contrast, saturation and grayscale blend a view with black, its mean luma or the luma of each pixel. So
+    the sequence is three blends, a shift of the hue, and four blends: a view's order puts up to three of them before
+    the hue, or after it. What a view does not do has the factor 1, which changes no bit.
+
+    Returns:
+        On the CPU, [R, 7 (C + 2) + 5]: for each blend the C weights of the luma, which are 0 for black, whether it is
+        the luma of each pixel, and the factor; then n of ``adjust_hue`` for each channel, 6 times the shift, and
+        whether the hue is shifted.
+    """
+    places, order = torch.tensor(PLACES), draws.jitter_order
+    hue_at = (order == HUE).int().argmax(1, keepdim=True)  # [R, 1]
+    kinds = order[:, places]  # [R, 6]
+    active = draws.jittered.unsqueeze(1) & torch.cat([places[:3] < hue_at, places[3:] > hue_at], 1)
+    if channels == 1:  # on a grey image saturation is the identity, as in torchvision
+        active &= kinds != 2
+    factors = torch.where(active, draws.jitter_factors.gather(1, kinds), 1.0)
+    kinds = torch.cat([kinds, torch.full_like(hue_at, 2)], 1)  # grayscale is a saturation of 0
+    factors = torch.cat([factors, 1 - draws.grey.unsqueeze(1).float()], 1)
+    luma = torch.tensor(LUMA if channels == 3 else (1.0,))
+    weights = (kinds != 0).unsqueeze(2) * luma  # [R, 7, C]
+    blends = torch.cat([weights, (kinds == 2).unsqueeze(2), factors.unsqueeze(2)], 2)
+    hue = 6 * draws.jitter_factors[:, HUE:]
+    offsets = torch.tensor([5.0, 3.0, 1.0]).expand(len(hue), -1)
+    return torch.cat([blends.flatten(1), offsets, hue, draws.jittered.unsqueeze(1)], 1)
+
+
+def recolour(x: Tensor, steps: Tensor) -> Tensor:
+    """Apply ``colour_steps`` [R, 7 (C + 2) + 5] to x [R, C, H, W], clamped to [0, 1] after each."""
+    channels = x.shape[1]
+    blends, hue = steps[:, :-5].unflatten(1, (BLENDS, channels + 2, 1, 1)), steps[:, -5:].unflatten(1, (5, 1, 1))
+    for number, (weights, by_pixel, factor) in enumerate(part.split([channels, 1, 1], 1) for part in blends.unbind(1)):
+        if number == 3 and channels == 3:
+            x = torch.where(hue[:, 4:] > 0, _shift_hue(x, *hue[:, :4].split([3, 1], 1)), x)
+        luma = (x * weights).sum(1, keepdim=True)
+        other = torch.lerp(luma.mean((2, 3), keepdim=True), luma, by_pixel)
+        x = torch.lerp(other, x, factor).clamp_(0, 1)
+    return x
+
+
+def _shift_hue(x: Tensor, n: Tensor, sectors: Tensor) -> Tensor:
+    """``adjust_hue`` in fewer operations; ``n`` is [R, 3, 1, 1], and ``sectors`` are 6 shift."""
+    value, largest = x.max(1, keepdim=True)
+    chroma = value - x.amin(1, keepdim=True)
+    beside = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, largest)  # G - B where R is largest, B - R, R - G
+    sector = torch.addcdiv(largest * 2.0, beside, chroma.clamp_min(1e-30))
+    k = (n + sector + sectors) % 6
+    return value.addcmul(chroma, torch.minimum(k, 4 - k).clamp_(0, 1), value=-1)
 
 
 def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
@@ -109,6 +164,6 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
         (green - blue) / safe,
         torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
-    offsets = torch.tensor([5.0, 3.0, 1.0]).to(x.device, non_blocking=True).view(1, 3, 1, 1)
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
     k = (offsets + sector + 6 * shift) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)

@@ -1,14 +1,71 @@
-"""The random parameters of views: a few floats for each, drawn on the CPU.
+"""How a view is made, and its random parameters: a few floats for each, drawn on the CPU.
 
 Dimensions: B images, V views of each, R = V B rows: all first views, then all second ones.
 """
 
-from typing import NamedTuple, Self
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop takes a centre crop after so many
+RANGES = {
+    "crop_scale": (1e-4, 1), "crop_ratio": (0.01, 100), "flip": (0, 1), "rotation": (0, 180), "jitter": (0, 1),
+    "brightness": (0, 10), "contrast": (0, 10), "saturation": (0, 10), "hue": (0, 0.5), "grayscale": (0, 1),
+    "blur": (0, 1), "blur_sigma": (1e-3, 1000), "solarize": (0, 1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a view is made, in SimCLR's order: rotation, crop, flip, colour jitter, grayscale, blur, solarization.
+
+    Args:
+        crop_scale: least and greatest area of the crop divided by the image's, in [1e-4, 1]; ``[1, 1]`` keeps the whole
+            image.
+        crop_ratio: least and greatest aspect ratio of the crop, in [0.01, 100]; it is log-uniform in between.
+        flip: probability of a horizontal flip.
+        rotation: degrees in [0, 180]; the angle is uniform in ``[-rotation, rotation]``, and the corners become black.
+        jitter: probability of colour jitter, whose four operations come in a random order for every view.
+        brightness, contrast, saturation: strength ``x`` in [0, 10]; the factor is uniform in
+            ``[max(0, 1 - x), 1 + x]``.
+        hue: strength in [0, 0.5]; the shift is uniform in ``[-hue, hue]`` turns.
+        grayscale: probability of turning grey.
+        blur: probability of a Gaussian blur, whose kernel spans a tenth of the view (SimCLR, app. A).
+        blur_sigma: least and greatest standard deviation of the blur in pixels, in [0.001, 1000]; it is uniform in
+            between.
+        solarize: probability of inverting the pixels of 0.5 and above (BYOL, app. B).
+
+    Raises:
+        ValueError: for what is not a number in its range, or a least value above the greatest.
+    """
+
+    crop_scale: list[float]
+    crop_ratio: list[float]
+    flip: float
+    rotation: float
+    jitter: float
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    grayscale: float
+    blur: float
+    blur_sigma: list[float]
+    solarize: float
+
+    def __post_init__(self) -> None:
+        for name, (least, greatest) in RANGES.items():
+            value, advice = getattr(self, name), f"a number from {least:g} to {greatest:g}"
+            ends: Sequence[Any] = [value]
+            if name in ("crop_scale", "crop_ratio", "blur_sigma"):
+                advice = f"[low, high] with {least:g} <= low <= high <= {greatest:g}"
+                ends = value if isinstance(value, list | tuple) and len(value) == 2 else [None]
+            numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
+            if not (numbers and least <= ends[0] <= ends[-1] <= greatest):  # also false for NaN
+                raise ValueError(f"{name}={value}: give {advice}")
 
 
 class Draws(NamedTuple):

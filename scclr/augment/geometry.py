@@ -19,7 +19,7 @@ Taps = Sequence[Tensor]  # positions int32 [R, S, T], and weights [R, S, T]
 
 
 def separable(x: Tensor, vertical: Taps, horizontal: Taps) -> Tensor:
-    """Resample x [R, C, H, W] along its columns, then along its rows.
+    """Resample x [B, C, H, W] along its columns, then along its rows. Row r of the taps is for image r mod B.
 
     Returns:
         The views transposed, [R, C, S of the width, S of the height].
@@ -29,11 +29,11 @@ def separable(x: Tensor, vertical: Taps, horizontal: Taps) -> Tensor:
 
 
 def _weighted_sums(x: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of the rows of x [R, C, H, W] -> [R, C, S, W]."""
-    (views, channels, height, width), (size, taps) = x.shape, positions.shape[1:]
-    planes = torch.arange(0, views * channels * height, height, dtype=torch.int32, device=x.device)
-    bags = planes.view(views, channels, 1, 1) + positions.unsqueeze(1)  # [R, C, S, T]
-    weights = weights.unsqueeze(1).expand(bags.shape).reshape(-1, taps)
+    """Weighted sums of the rows of x [B, C, H, W] -> [R, C, S, W]."""
+    (images, channels, height, width), (views, size, taps) = x.shape, positions.shape
+    planes = torch.arange(0, images * channels * height, height, dtype=torch.int32, device=x.device)
+    bags = planes.view(images, channels, 1, 1) + positions.unflatten(0, (-1, images)).unsqueeze(2)  # [V, B, C, S, T]
+    weights = weights.unsqueeze(1).expand(-1, channels, -1, -1).reshape(-1, taps)
     image_rows = x.contiguous().view(-1, width)
     sums = F.embedding_bag(bags.view(-1, taps), image_rows, per_sample_weights=weights, mode="sum")
     return sums.view(views, channels, size, width)

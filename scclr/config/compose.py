@@ -74,7 +74,7 @@ class Plan:
     points: list[Point]  # of another sweeper than Hydra's basic one, only what its points have in common
     enumerated: bool  # whether the points are known before the first one runs
     launcher: str  # the choice of hydra/launcher
-    jobs: int  # hydra.launcher.n_jobs of joblib; -1 is one for each core
+    jobs: int  # hydra.launcher.n_jobs of joblib; -1 is one for each core, or for each GPU
     runs_here: bool  # scclr runs the points itself, not a launcher of Hydra's
 
 
@@ -114,6 +114,8 @@ def parse(argv: Sequence[str]) -> CommandLine:
 def _quote_text(override: str) -> str:
     """``name=2025,true`` as ``name='2025','true'``, which Hydra takes as text."""
     key, _, value = override.partition("=")
+    if key == "probe.dataset" and value != "null":  # a choice among the files of conf/dataset
+        return f"+dataset@{override}"
     if key not in TEXT_KEYS or not re.fullmatch(r"[\w.+-]+(,[\w.+-]+)*", value):
         return override
     return f"{key}=" + ",".join(name if name == "null" else f"'{name}'" for name in value.split(","))
@@ -194,7 +196,7 @@ def _take_joblib(words: list[str]) -> tuple[int | None, list[str]]:
     require(not other, f"{''.join(other[:1])}: hydra/launcher=joblib takes hydra.launcher.n_jobs only")
     jobs = given.get("hydra.launcher.n_jobs", "-1")
     known = re.fullmatch(r"-?[1-9]\d*", jobs) is not None
-    require(known, f"hydra.launcher.n_jobs={jobs}: give a number of runs at once, or -1 for one on each core")
+    require(known, f"hydra.launcher.n_jobs={jobs}: give a number of runs at once, or -1 for one on each core or GPU")
     rest = [word for word in words if word != "hydra/launcher=joblib" and not word.startswith("hydra.launcher.")]
     return int(jobs), rest
 

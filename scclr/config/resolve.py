@@ -116,16 +116,22 @@ def essence(plain: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration, as nested plain values, that says what a run computes. See ``identify``."""
     kept = {key: value for key, value in plain.items() if key not in VOLATILE}
     found = _without_defaults(kept, TrainConfig)
+    if kept["pretrain"]["compile"] == "auto":
+        found["pretrain"]["compile"] = False  # a device chooses, and devices do not make runs differ
     for group in COMPONENTS:
-        node, defaults = kept[group], argument_defaults(group, kept[group])
-        typed = typed_arguments(group, node, *SUPPLIED.get(group, ()))
-        different = {key: value for key, value in typed.items() if key not in defaults or defaults[key] != value}
-        found[group] = {"_target_": node["_target_"], **different}
-    for key in VOLATILE_DATASET:
-        found["dataset"].pop(key, None)
-    if "cache" in found["dataset"]:  # crops are then cut from its squares, wherever they lie
-        found["dataset"]["cache"] = True
+        found[group] = _component_essence(group, kept[group])
+    if kept["probe"].get("dataset") is not None:
+        found["probe"]["dataset"] = _component_essence("dataset", kept["probe"]["dataset"])
     return found
+
+
+def _component_essence(group: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    defaults, typed = argument_defaults(group, node), typed_arguments(group, node, *SUPPLIED.get(group, ()))
+    found = {key: value for key, value in typed.items() if key not in defaults or defaults[key] != value}
+    if group == "dataset":
+        found = {key: value for key, value in found.items() if key not in VOLATILE_DATASET}
+        found |= {"cache": True} if "cache" in found else {}  # crops are then cut from its squares, wherever they lie
+    return {"_target_": node["_target_"], **found}
 
 
 def _without_defaults(plain: Mapping[str, Any], schema: type) -> dict[str, Any]:
@@ -167,7 +173,10 @@ def adopt(config: TrainConfig, saved: Mapping[str, Any], typed: Iterable[str] = 
 
 
 def restore(
-    saved: Mapping[str, Any], source: str, trust: Iterable[str] = (), groups: Iterable[str] = COMPONENTS
+    saved: Mapping[str, Any],
+    source: str,
+    trust: Iterable[str] = (),
+    groups: Iterable[str] = (*COMPONENTS, "probe.dataset"),
 ) -> TrainConfig:
     """A configuration that was saved with a run, checked. Nothing in it may run code or read the environment.
 
@@ -181,8 +190,10 @@ def restore(
             scclr's own nor in a trusted package.
     """
     require(not _interpolates(saved), f"{source}: its configuration holds an interpolation (${{)")
-    for group in (group for group in COMPONENTS if group in groups and not is_own(group, saved[group])):
-        target = str(saved[group].get("_target_", ""))
+    for group, node in components(saved):
+        if group not in groups or is_own(group.split(".")[-1], node):
+            continue
+        target = str(node.get("_target_", ""))
         package = target.split(".")[0]
         trusted = any(f"{target}.".startswith(f"{name}.") for name in trust)
         code = f"its {group} is {target}, and to build that is to run code that this checkpoint chooses"
@@ -191,6 +202,13 @@ def restore(
         return resolve(OmegaConf.create(dict(saved)))
     except UserError as error:
         raise UserError(f"{source}: another version of scclr wrote it ({error})") from error
+
+
+def components(saved: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The nodes of a configuration that name code, by their keys."""
+    other = saved["probe"].get("dataset")
+    nodes = [(group, saved[group]) for group in COMPONENTS]
+    return nodes if other is None else [*nodes, ("probe.dataset", other if isinstance(other, Mapping) else {})]
 
 
 def _interpolates(node: object) -> bool:
@@ -204,7 +222,9 @@ def _interpolates(node: object) -> bool:
 def refuse_other(config: TrainConfig, saved: Mapping[str, Any], directory: Path) -> None:
     """Raise ``UserError`` if ``saved``, the configuration in the run folder, is of another run than ``config``."""
     plain = asdict(config)
-    targets = [{f"{group}._target_": node[group].get("_target_") for group in COMPONENTS} for node in (plain, saved)]
+    targets = [
+        {f"{group}._target_": part.get("_target_") for group, part in components(node)} for node in (plain, saved)
+    ]
     if targets[0] != targets[1]:  # what a saved target names is not even looked up
         here, there = targets
     else:

@@ -49,9 +49,11 @@ class PretrainConfig:
     batch_size: int = described("images in a step, over all processes; each image gives two views or more")
     micro_batch: int | None = described("at most this many images in the encoder at once, with the same gradient", None)
     warmup: float = described("share of the steps over which the learning rate rises linearly")
-    precision: str = described("auto | fp32 | bf16 | fp16 of the forward pass; the loss is always computed in fp32")
+    precision: str = described(
+        "auto | fp32 | bf16 | fp16 of the forward pass; the loss is always in fp32. fp32 leaves cuDNN's TF32 on"
+    )
     channels_last: bool = described("store images and activations with the channels last")
-    compile: bool = described("compile encoder and projector with torch.compile")
+    compile: Any = described("auto | true | false: compile augmentation and model; auto does on CUDA")
     log_every: int = described("steps between two rows of metrics.jsonl")
     knn_every: int = described("epochs between two kNN evaluations on the validation split; 0 never evaluates")
     knn_images: int = described("at most this many training images serve as neighbours in these evaluations")
@@ -62,6 +64,9 @@ class PretrainConfig:
         if self.micro_batch is not None:
             require_range("pretrain", self, micro_batch=(1, 10**9))
         require_choice("pretrain.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+        words = dict.fromkeys(("true", "yes", "on", "y"), True) | dict.fromkeys(("false", "no", "off", "n"), False)
+        self.compile = words.get(str(self.compile).lower(), self.compile)
+        require_choice("pretrain.compile", str(self.compile).lower(), ("auto", "true", "false"))
 
 
 @dataclass
@@ -73,6 +78,7 @@ class ProbeConfig:
     knn_k: int = described("number of nearest neighbours that vote")
     knn_temperature: float = described("a neighbour's vote has the weight exp(cosine / knn_temperature)")
     batch_size: int = described("images in a forward pass")
+    dataset: dict[str, Any] | None = described("what the encoder is evaluated on; null is the data of the run", None)
 
     def __post_init__(self) -> None:
         require_each("probe.l2", self.l2, 1e-12, 1e6)
@@ -172,6 +178,8 @@ class TrainConfig:
     theory: TheoryConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
     tracking: TrackingConfig = MISSING
+    init_mean: list[float] | None = described("mean of pixels for weights from elsewhere; null is ImageNet's", None)
+    init_std: list[float] | None = described("their std, one number a channel as init_mean", None)
     trust: list[str] = field(
         default_factory=list, metadata={"help": "packages whose code a checkpoint may name, besides scclr's own"}
     )

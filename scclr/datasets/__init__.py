@@ -1,4 +1,4 @@
-"""Labelled image sets, as uint8 tensors or on disk, and how they are split.
+"""Image sets, as uint8 tensors or on disk, and how they are split.
 
 A dataset is one file here with a ``Source`` subclass whose ``read`` parses the files, and one YAML that names it.
 ``Source.load`` does the rest, the same for all: it takes a subset, sets the validation split apart, and says what is
@@ -17,7 +17,6 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from scclr.config.errors import UserError, require
@@ -60,9 +59,10 @@ class ImageSet:
 class Splits:
     """What a run sees. Choices are made on ``validation``; ``test`` is used once, at the end.
 
-    ``pretrain`` is ``train``, unless the dataset has an unlabelled part (STL-10). ``mean`` and ``std`` are per channel,
-    of pixels in [0, 1]. ``refit`` says that ``validation`` has the class proportions of ``train``, so that the final
-    classifier may be fitted on both; with a long-tailed ``train`` it has not.
+    ``pretrain`` is ``train``, unless the dataset has an unlabelled part (STL-10). A dataset without any labels has no
+    ``classes`` and an empty ``test``. ``mean`` and ``std`` are per channel, of pixels in [0, 1]. ``refit`` says that
+    ``validation`` has the class proportions of ``train``, so that the final classifier may be fitted on both; with a
+    long-tailed ``train`` it has not.
     """
 
     pretrain: ImageSet
@@ -77,7 +77,8 @@ class Splits:
     @property
     def groups(self) -> dict[str, list[int]]:
         """The classes with many, medium and few training images; empty unless these are a long tail."""
-        return longtail.groups(torch.bincount(self.train.labels, minlength=len(self.classes)).tolist())
+        counts = torch.bincount(self.train.labels, minlength=len(self.classes)).tolist() if self.classes else []
+        return longtail.groups(counts) if counts else {}
 
     def to(self, device: torch.device) -> "Splits":
         train = self.train.to(device)
@@ -88,7 +89,10 @@ class Splits:
 
 
 class Parts(NamedTuple):
-    """What the files hold: the official splits, before any subset. ``load`` carves missing ones from ``train``."""
+    """What the files hold: the official splits, before any subset. ``load`` carves missing ones from ``train``.
+
+    Without ``classes``, ``train`` has no labels, and there are no other parts.
+    """
 
     train: ImageSet
     test: ImageSet | None
@@ -203,7 +207,8 @@ class Source(ABC):
     def _readable(self, data: ImageSet, split: str, classes: Sequence[str]) -> ImageSet:
         """``materialize``, which leaves broken files out, but no class."""
         found = self.materialize(data)
-        lost = [classes[label] for label in sorted(set(data.labels.tolist()) - set(found.labels.tolist()))]
+        missing = sorted(set(data.labels.tolist()) - set(found.labels.tolist()))
+        lost = [classes[label] if classes else "unlabelled" for label in missing]
         message = f"no readable {split} image is left of {len(lost)} classes, such as {lost[:1]}"
         require(not lost, f"{message}; replace the broken files")
         return found
@@ -213,6 +218,8 @@ class Source(ABC):
         channels = full.images.shape[1]
         advice = f"the images have {channels} channels; give mean and std of each"
         require(len(self.mean) == channels, f"dataset.mean={self.mean}: {advice}")
+        if not names:
+            return self._split_unlabelled(full)
         if self.classes is not None:
             outside = [c for c in self.classes if not 0 <= c < len(names)]
             require(not outside, f"dataset.classes={outside}: labels run from 0 to {len(names) - 1}")
@@ -220,6 +227,10 @@ class Source(ABC):
             full = _keep(full, self.classes)
             held_out = held_out and _keep(held_out, self.classes)
             validation = validation and _keep(validation, self.classes)
+        for part in (part for part in (held_out, validation) if part is not None):
+            other = sorted(set(part.labels.tolist()) - set(full.labels.tolist()))
+            extra = f"{len(other)} classes have no training image, such as {[names[c] for c in other[:1]]}"
+            require(not other, f"{extra}; give some, or choose others: dataset.classes=[<numbers>]")
         if held_out is None:
             full, held_out = self._carve(full, self.test, "test", names)
         if self.limit is not None and self.limit < len(full):
@@ -234,6 +245,17 @@ class Source(ABC):
             pretrain = unlabelled if self.limit is None else unlabelled[order[: self.limit]]
         mean, std = tuple(self.mean), tuple(self.std)
         return Splits(pretrain, train, validation, held_out, tuple(names), mean, std, refit)
+
+    def _split_unlabelled(self, data: ImageSet) -> Splits:
+        """A share for ``validation``, on which quality without labels can be measured. Nothing is held out to test."""
+        for key, value in (("classes", self.classes), ("imbalance", self.imbalance)):
+            require(value is None, f"dataset.{key}={value} needs labels, and these images have none: drop it")
+        order = torch.from_numpy(np.random.default_rng(self.split_seed).permutation(len(data)))[: self.limit]
+        held_out = 0 if self.validation is None else round(self.validation * len(order))
+        message = f"dataset.validation={self.validation} leaves none of {len(order)} images to train on; give a smaller"
+        require(held_out < len(order), message)
+        validation, train = (data[part.sort().values] for part in (order[:held_out], order[held_out:]))
+        return Splits(train, train, validation, train[slice(0)], (), tuple(self.mean), tuple(self.std))
 
     def _thin(self, data: ImageSet, imbalance: float, names: Sequence[str]) -> ImageSet:
         """A long tail of ``data``: the first images of every class, in an order that depends on ``split_seed``."""
@@ -251,6 +273,8 @@ class Source(ABC):
     ) -> tuple[ImageSet, ImageSet]:
         """(the rest, a stratified part that has this share or count of the images)."""
         require(share is not None, f"dataset.{name} is null, and this dataset has no {name} split to fall back on")
+        from sklearn.model_selection import train_test_split  # slow to import, and worker processes need it not
+
         rows, labels = np.arange(len(data)), data.labels.numpy()
         lone = [classes[c] for c in np.flatnonzero(np.bincount(labels) == 1).tolist()]
         split = f"dataset.{name}={getattr(self, name)} cannot split these {len(data)} images"

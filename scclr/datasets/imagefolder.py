@@ -1,9 +1,10 @@
-"""Any tree of image files with one folder for each class."""
+"""Any tree of image files: with one folder for each class, or without labels."""
 
 import hashlib
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -19,6 +20,7 @@ from scclr.datasets.cache import cached
 from scclr.datasets.files import Files, OnDisk
 from scclr.datasets.listing import class_folders, list_images
 from scclr.datasets.reading import reading
+from scclr.datasets.workers import start_server
 from scclr.run.machine import available_cores, memory_limit
 from scclr.run.torchrun import group
 
@@ -34,6 +36,8 @@ class ImageFolder(Source):
     cropped. In a tree without a test folder, ``test`` sets the share that is set apart.
 
     Args:
+        labels: ``folders``: the folder of an image says its class. null: the images have no labels, and all that lie
+            below ``root`` are taken.
         image_size: side of the images and of their views.
         resize: the shorter side before the center crop; null is ``image_size``.
         in_memory: decode all images once and hold them as uint8; random crops are then taken from the squares. If
@@ -45,10 +49,12 @@ class ImageFolder(Source):
             not change the identity of a run.
 
     Raises:
-        ValueError: a size or a number out of range, ``resize`` below ``image_size``, or another ``on_corrupt``.
+        ValueError: a size or a number out of range, ``resize`` below ``image_size``, or another ``labels`` or
+            ``on_corrupt``.
     """
 
     root: str
+    labels: str | None = "folders"
     image_size: int
     resize: int | None = None
     in_memory: bool = True
@@ -58,19 +64,18 @@ class ImageFolder(Source):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.image_size <= MOST_PIXELS:
-            raise ValueError(f"image_size={self.image_size}: give a number of pixels from 1 to {MOST_PIXELS}")
-        if self.resize is not None and not self.image_size <= self.resize <= MOST_PIXELS:
-            advice = f"give at least image_size={self.image_size} and at most {MOST_PIXELS}"
-            raise ValueError(f"resize={self.resize}: {advice}")
+        check_sizes(self.image_size, self.resize, self.workers)
+        if self.labels not in (("folders",) if self.published else ("folders", None)):
+            advice = "choose folders" + ("" if self.published else ", or null for images without labels")
+            raise ValueError(f"labels={self.labels}: {advice}")
         if self.on_corrupt not in ("refuse", "skip"):
             raise ValueError(f"on_corrupt={self.on_corrupt}: choose refuse or skip")
-        if self.workers is not None and not 0 <= self.workers <= 1000:
-            raise ValueError(f"workers={self.workers}: give a number of processes, or 0 to read in this one")
 
     def read(self) -> Parts:
         root = Path(self.root)
         require(os.path.isdir(root), f"{root}: no such folder; {CLASS_FOLDERS_ADVICE}")
+        if self.labels is None:
+            return Parts(self.flat(root), None, [])
         folders = [root / name for name in ("train", "test", "val") if os.path.isdir(root / name)]
         if root / "train" not in folders:
             folders = [root]
@@ -103,7 +108,8 @@ class ImageFolder(Source):
             with reading(root, CLASS_FOLDERS_ADVICE):
                 for name, label in zip(names, data.labels.tolist(), strict=True):
                     size = os.stat(os.path.join(os.fsencode(root), name)).st_size
-                    rows.append((part.encode(), name, b"%d" % size, os.fsencode(parts.classes[label])))
+                    kind = os.fsencode(parts.classes[label]) if parts.classes else b""
+                    rows.append((part.encode(), name, b"%d" % size, kind))
         content = b"".join(field + b"\0" for row in sorted(rows) for field in row)
         return hashlib.sha256(content).hexdigest()[:16]
 
@@ -119,18 +125,11 @@ class ImageFolder(Source):
         if self.cache is not None and isinstance(data.images, Files):
             mapped, readable = cached(data.images, Path(self.cache), self._content)
             data = ImageSet(mapped, data.labels[readable])
-        if not (self.in_memory and isinstance(data.images, OnDisk)):
-            return data
-        size, limit = math.prod(data.images.shape), memory_limit()
-        need = f"{len(data):,} images of {self.image_size} x {self.image_size} pixels take {size / 2**30:,.1f} GiB"
-        advice = "type dataset.in_memory=false or a smaller dataset.image_size"
-        require(size < limit, f"{need} of {limit / 2**30:,.1f} GiB of memory: {advice}")
-        images, readable = torch.empty(data.images.shape, dtype=torch.uint8), torch.ones(len(data), dtype=torch.bool)
-        start = 0
-        for part, mask in data.images.iterate(replace_broken=False):
-            block = slice(start, start := start + len(part))
-            images[block], readable[block] = part, mask
-        return ImageSet(images, data.labels) if readable.all() else ImageSet(images, data.labels)[readable]
+        if self.in_memory:
+            return read_all(data)
+        if data.images.workers > 0:  # type: ignore[union-attr]
+            start_server()  # it imports while the model is built
+        return data
 
     def tree(
         self,
@@ -155,14 +154,26 @@ class ImageFolder(Source):
         if wanted is not None and len(names) != wanted:
             count = f"{folder}: {len(names):,} images instead of {wanted:,}"
             raise UserError(f"{count}; unpack it anew, or type dataset=imagefolder for any tree")
-        require(bool(classes), f"{folder}: no class folders; {advice}")
+        flat = "" if self.published else "; images without labels: dataset.labels=null"
+        require(bool(classes), f"{folder}: no class folders; {advice}{flat}")
         empty = [classes[label] for label in sorted({*range(len(classes))} - {*labels})]
         what = f"{len(empty)} class folders have no images of their own, such as {empty[:1]}"
         require(not empty, f"{folder}: {what}; take them out, or {advice}")
-        if others and not self.published:
-            kinds = ", ".join(f"{kind} {n:,}" for kind, n in others.most_common(5))
-            _say_once(f"{folder}: {others.total():,} files of other kinds are left out ({kinds})")
+        if not self.published:
+            say_left_out(folder, others)
         return self.image_set(folder, names, torch.tensor(labels)), classes
+
+    def flat(self, folder: Path) -> ImageSet:
+        """All image files below ``folder``, without labels.
+
+        Raises:
+            UserError: there are none, or a folder cannot be read.
+        """
+        with reading(folder, "give dataset.root=<a folder of images>"):
+            names, labels, others = list_images(folder, None)
+        require(bool(names), f"{folder}: no images in this folder or below; give dataset.root=<a folder of images>")
+        say_left_out(folder, others)
+        return self.image_set(folder, names, torch.tensor(labels))
 
     def image_set(self, folder: Path, names: Sequence[str], labels: Tensor) -> ImageSet:
         """The files ``names`` below ``folder``."""
@@ -179,9 +190,46 @@ class ImageFolder(Source):
         return ImageSet(files, labels)
 
 
+def check_sizes(image_size: int, resize: int | None, workers: int | None) -> None:
+    """Raise ``ValueError`` for a side in pixels or a number of processes that is out of range."""
+    if not 1 <= image_size <= MOST_PIXELS:
+        raise ValueError(f"image_size={image_size}: give a number of pixels from 1 to {MOST_PIXELS}")
+    if resize is not None and not image_size <= resize <= MOST_PIXELS:
+        raise ValueError(f"resize={resize}: give at least image_size={image_size} and at most {MOST_PIXELS}")
+    if workers is not None and not 0 <= workers <= 1000:
+        raise ValueError(f"workers={workers}: give a number of processes, or 0 to read in this one")
+
+
 def default_workers() -> int:
     """This process's share of the cores, among the processes that torchrun started on the node."""
     return min(max(1, available_cores() // group().local_size), MOST_WORKERS)
+
+
+def read_all(data: ImageSet) -> ImageSet:
+    """The images of ``data``, which lie on disk, in memory; broken files that may be skipped are left out.
+
+    Raises:
+        UserError: there is too little memory, or a file cannot be read.
+    """
+    if not isinstance(data.images, OnDisk):
+        return data
+    size, limit, side = math.prod(data.images.shape), memory_limit(), data.images.size
+    need = f"{len(data):,} images of {side} x {side} pixels take {size / 2**30:,.1f} GiB"
+    advice = "type dataset.in_memory=false or a smaller dataset.image_size"
+    require(size < limit, f"{need} of {limit / 2**30:,.1f} GiB of memory: {advice}")
+    images, readable = torch.empty(data.images.shape, dtype=torch.uint8), torch.ones(len(data), dtype=torch.bool)
+    start = 0
+    for part, mask in data.images.iterate(replace_broken=False):
+        block = slice(start, start := start + len(part))
+        images[block], readable[block] = part, mask
+    return ImageSet(images, data.labels) if readable.all() else ImageSet(images, data.labels)[readable]
+
+
+def say_left_out(folder: Path, others: Counter[str]) -> None:
+    """Say how many files of other kinds there are, if there are any."""
+    kinds = ", ".join(f"{kind} {n:,}" for kind, n in others.most_common(5))
+    if others:
+        _say_once(f"{folder}: {others.total():,} files of other kinds are left out ({kinds})")
 
 
 def refuse_outside(source: Path, names: Sequence[str], advice: str) -> None:

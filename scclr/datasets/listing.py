@@ -1,4 +1,4 @@
-"""The image files in a folder that has one folder for each class."""
+"""The image files in a folder, which may have one folder for each class."""
 
 import os
 from collections import Counter, deque
@@ -14,9 +14,10 @@ def class_folders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if _kind(entry) == "folder")
 
 
-def list_images(folder: Path, classes: Sequence[str]) -> tuple[list[str], list[int], Counter[str]]:
+def list_images(folder: Path, classes: Sequence[str] | None) -> tuple[list[str], list[int], Counter[str]]:
     """The image files below the folders ``classes``, in the order of torchvision's ``make_dataset``: their paths below
-    ``folder``, their labels, and how many files of each other kind there are.
+    ``folder``, their labels, and how many files of each other kind there are. Without ``classes``, all image files
+    below ``folder``, with the label -1.
 
     Symbolic links are followed, but no folder is read twice: neither in a loop of links, nor under a second class. A
     link never takes a folder from the class in which that folder really lies, so links are followed last. Only regular
@@ -25,9 +26,11 @@ def list_images(folder: Path, classes: Sequence[str]) -> tuple[list[str], list[i
     Raises:
         OSError: a folder cannot be read.
     """
-    linked = {name: os.path.islink(folder / name) for name in classes}
-    queue = deque(sorted(enumerate(classes), key=lambda item: linked[item[1]]))  # (label, path below folder)
-    visited = {_identity(folder)}
+    queue: deque[tuple[int, str]] = deque([(-1, "")])  # (label, path below folder)
+    if classes is not None:
+        linked = {name: os.path.islink(folder / name) for name in classes}
+        queue = deque(sorted(enumerate(classes), key=lambda item: linked[item[1]]))
+    visited = set() if classes is None else {_identity(folder)}
     found: list[tuple[str, str, str, int]] = []
     others: Counter[str] = Counter()
     while queue:
@@ -42,7 +45,7 @@ def list_images(folder: Path, classes: Sequence[str]) -> tuple[list[str], list[i
                     add = queue.append if entry.is_symlink() else queue.appendleft
                     add((label, os.path.join(below, entry.name)))
                 elif kind == "file" and entry.name.lower().endswith(IMG_EXTENSIONS):
-                    found.append((classes[label], below, entry.name, label))
+                    found.append((classes[label] if classes else "", below, entry.name, label))
                 else:
                     extension = os.path.splitext(entry.name)[1].lower() or "no extension"
                     others[extension if kind == "file" else kind] += 1

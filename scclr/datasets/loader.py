@@ -3,7 +3,10 @@
 Dimensions: N images, G of them in a step, B of these in this process, V views of each, C channels, S pixels a side.
 """
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -17,6 +20,12 @@ from scclr.config.errors import require
 from scclr.datasets import ImageSet
 from scclr.datasets.files import IMAGES_PER_JOB, Block, Files, OnDisk
 from scclr.datasets.workers import read_ahead
+from scclr.run.machine import available_cores
+from scclr.run.torchrun import group
+
+SETTLING_STEPS = 20  # in which workers start and caches fill
+JUDGED_STEPS, JUDGED_SECONDS = 30, 20.0  # the least time over which waiting is judged
+MOST_WAITING = 0.05  # of the time, without a word about it
 
 
 class Batch(NamedTuple):
@@ -39,13 +48,24 @@ def batch_indices(seed: int, step: int, n: int, batch_size: int) -> Tensor:
 
 
 def batches(
-    data: ImageSet, augment: Augment, *, seed: int, batch_size: int, steps: range, rank: int = 0, size: int = 1
+    data: ImageSet,
+    augment: Augment,
+    *,
+    seed: int,
+    batch_size: int,
+    steps: range,
+    rank: int = 0,
+    size: int = 1,
+    say: Callable[[str], None] | None = None,
 ) -> Iterator[Batch]:
     """The batches of ``steps``, for the process ``rank`` of ``size``, on the device of the labels.
 
     Images in memory are indexed there. Images on disk are read ahead by worker processes, this process's share only.
     Image files are cut to their views at once, so each is decoded a single time. A batch is a function of (data, seed,
     step): neither the first step nor the numbers of workers and processes change it.
+
+    Args:
+        say: is told, once, if the steps wait for images on disk for more than ``MOST_WAITING`` of the time.
 
     Raises:
         UserError: a file that cannot be read.
@@ -54,20 +74,58 @@ def batches(
     local, order = slice(rank * local_size, (rank + 1) * local_size), None
     if isinstance(data.images, OnDisk):
         augment = with_view_size(augment, data.images)
-        job = _StepJob(data.images, augment, seed, batch_size, local.start, local_size)
+        job = _StepJob(data.images, augment, seed, batch_size, local.start, local_size, IMAGES_PER_JOB)
         keys = range(steps.start * job.jobs_per_step, steps.stop * job.jobs_per_step)
         stream: Iterator[Block] = read_ahead(job, keys, data.images.workers, pin=device.type == "cuda")
+        waiting = _Waiting(data.images, say)
     for step in steps:
         epoch, position = divmod(step, n // batch_size)
         if order is None or position == 0:  # one copy to the device an epoch, not one a step
             order = epoch_order(seed, epoch, n).to(device, non_blocking=True)
         rows = order[position * batch_size : (position + 1) * batch_size]
         if isinstance(data.images, OnDisk):
-            parts = [data.images.checked_images(block) for block in islice(stream, job.jobs_per_step)]
+            with waiting.timed():
+                parts = [data.images.checked_images(block) for block in islice(stream, job.jobs_per_step)]
             images = torch.cat([part.to(device, non_blocking=True) for part in parts])
         else:
             images = data.images.index_select(0, rows[local])
         yield Batch(images, data.labels[rows])
+
+
+class _Waiting:
+    """How long the steps wait for ``images``; ``say`` is told once if it is too long, with what to type instead."""
+
+    def __init__(self, images: OnDisk, say: Callable[[str], None] | None) -> None:
+        self.images, self.say = images, say
+        self.steps, self.begin, self.waited = -SETTLING_STEPS, 0.0, 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """The block is one step's waiting."""
+        start = time.monotonic()
+        yield
+        end = time.monotonic()
+        seconds = end - self.begin
+        self.steps, self.waited = self.steps + 1, self.waited + end - start
+        judged = self.steps >= JUDGED_STEPS and seconds >= JUDGED_SECONDS
+        if judged and self.say is not None and self.waited > MOST_WAITING * seconds:
+            self.say(self._advice(seconds))
+            self.say = None
+        if judged or self.steps <= 0:
+            self.steps, self.begin, self.waited = min(self.steps, 0), end, 0.0
+
+    def _advice(self, seconds: float) -> str:
+        """What to type. The work of reading, in seconds of one worker, is to be done while the steps compute."""
+        workers, cores = self.images.workers, max(1, available_cores() // group().local_size)
+        work = workers * seconds if workers > 0 else self.waited
+        needed = max(workers + 1, math.ceil(work / max(seconds - self.waited, 1e-3 * seconds)))
+        decodes = isinstance(self.images, Files)
+        more = workers < cores and (workers > 0 or decodes)  # memory-mapped data has no workers
+        words = [f"type dataset.workers={min(needed, cores)}"] if more else []
+        if needed > cores or not more:
+            cache = "type dataset.cache=<folder>, which keeps the images decoded"
+            words.append(cache if decodes else "put the data on a faster disk")
+        return f"training waits for images {self.waited / seconds:.0%} of the time: {', or '.join(words)}"
 
 
 def with_view_size(augment: Augment, images: Tensor | OnDisk) -> Augment:
@@ -93,14 +151,14 @@ def views(data: ImageSet, augment: Augment, *, seed: int, step: int) -> Tensor:
     augment = with_view_size(augment, data.images)
     images, n = data.images, len(data)
     if isinstance(images, OnDisk):
-        job = _StepJob(images, augment, seed, n, 0, n)
+        job = _StepJob(images, augment, seed, n, 0, n, n)
         images = images.checked_images(job.read(torch.arange(n), step, slice(0, n)))
     return augment(images, seed=seed, step=step)
 
 
 @dataclass(frozen=True)
 class _StepJob:
-    """Reads this process's images of each step in jobs of at most ``IMAGES_PER_JOB``, numbered from step 0 on."""
+    """Reads this process's images of each step in jobs of at most ``most`` images, numbered from step 0 on."""
 
     images: OnDisk
     augment: Augment
@@ -108,14 +166,15 @@ class _StepJob:
     batch_size: int
     local_start: int  # of this process's images in a batch
     local_size: int
+    most: int
 
     @property
     def jobs_per_step(self) -> int:
-        return -(-self.local_size // IMAGES_PER_JOB)
+        return -(-self.local_size // self.most)
 
     def __call__(self, key: int) -> Block:
         step, part = divmod(key, self.jobs_per_step)
-        ends = (part * IMAGES_PER_JOB, min((part + 1) * IMAGES_PER_JOB, self.local_size))
+        ends = (part * self.most, min((part + 1) * self.most, self.local_size))
         in_batch = slice(self.local_start + ends[0], self.local_start + ends[1])
         return self.read(batch_indices(self.seed, step, len(self.images), self.batch_size)[in_batch], step, in_batch)
 

@@ -13,7 +13,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from scclr.config.errors import require
 from scclr.datasets import ImageSet, Parts, Source
-from scclr.datasets.reading import downloading, reading
+from scclr.datasets.reading import downloading, reading, wait_for_download
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class MNIST(Source):
         default = self.installed if self.installed and self.installed.is_dir() else "data"
         root = Path(self.root or default)
         raw = root / self.reader.__name__ / "raw"
+        wait_for_download(raw)
         folder = next((f for f in (root, raw) if list(f.glob("*-ubyte*"))), None)
         if folder is None:
             folder = raw

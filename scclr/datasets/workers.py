@@ -1,19 +1,29 @@
-"""Worker processes that read images before they are needed."""
+"""Worker processes that read images before they are needed.
 
-import ctypes
+They are forked from a server, a process that has imported this package and does nothing else. A fork of the training
+process would copy the locks of its other threads, such as those of CUDA, NCCL and W&B, in whatever state they are.
+"""
+
+import multiprocessing
+import os
+import pickle
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
+from types import ModuleType
 from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from scclr.config.errors import UserError, one_line
+from scclr.run.preemption import SIGNALS, blocked_signals
 
-# A signal to the whole process group asks the training process to save and leave. It needs its workers until then.
-IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+PRELOAD = ["scclr.datasets.loader"]  # all that a worker imports, but for components of the user's own
 
 T = TypeVar("T")
 
@@ -22,28 +32,34 @@ def read_ahead(job: Callable[[int], T], keys: Sequence[int], workers: int, pin: 
     """``job(key)`` for all ``keys`` in order, computed ahead of its use by worker processes.
 
     Args:
+        job: is pickled for the workers, so its class lies at the top of a module.
         workers: their number; 0 computes in this process when a result is needed.
         pin: copy tensors to page-locked memory.
 
     Raises:
-        UserError: a worker was killed.
+        UserError: ``job`` cannot be sent to a worker, or a worker was killed.
     """
-    workers = min(workers, len(keys) - 1)  # one job gains nothing from a process of its own
-    # A fork takes a moment only, and the workers never touch CUDA.
-    context = "fork" if workers > 0 and sys.platform == "linux" else None
-    with warnings.catch_warnings():  # somebody who types a number of workers may know better than PyTorch
-        warnings.filterwarnings("ignore", "This DataLoader will create")
+    workers = max(0, min(workers, len(keys) - 1))  # one job gains nothing from a process of its own
+    with warnings.catch_warnings():  # of more workers than cores, or about an error that is raised anyhow
+        warnings.filterwarnings("ignore", "This DataLoader will create|Got pickle error")
         loader = DataLoader(
             _Jobs(job),
             batch_size=None,
             sampler=keys,
-            num_workers=max(0, workers),
+            num_workers=workers,
             pin_memory=pin,
-            multiprocessing_context=context,
+            multiprocessing_context="forkserver" if workers > 0 else None,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # the default would draw from the global generator
         )
-        stream = iter(loader)
+        if workers > 0:
+            start_server()
+        with _without_main():
+            try:
+                stream = iter(loader)
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                advice = "define it in a module of its own, or type dataset.workers=0"
+                raise UserError(f"worker processes do not find a component ({one_line(error)}); {advice}") from error
     try:
         yield from stream
     except RuntimeError as error:
@@ -53,15 +69,51 @@ def read_ahead(job: Callable[[int], T], keys: Sequence[int], workers: int, pin: 
         raise UserError(f"{one_line(error)}; {advice}") from error
 
 
-def _start_worker(worker: int) -> None:
-    """Ignore the signals of the process group, and end at once when the training process ends.
+def start_server() -> None:
+    """Start the server of the workers, unless it runs. It goes on importing when this returns.
 
-    PyTorch's own check takes up to 5 seconds, in which an orphan would hold the locks of a killed run.
+    Signals wait in it and in all workers, so that one to the whole process group ends none of them: it asks the
+    training process to save and leave, which needs its workers until then. multiprocessing's resource tracker starts
+    first, because its start lets SIGINT and SIGTERM through again.
     """
-    for number in IGNORED_SIGNALS:
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    older = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"  # the server would look for modules in the current folder first
+    try:
+        for helper in (resource_tracker, forkserver):
+            with blocked_signals():
+                helper.ensure_running()
+    finally:
+        del os.environ["PYTHONSAFEPATH"]
+        if older is not None:
+            os.environ["PYTHONSAFEPATH"] = older
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Let processes that start meanwhile not run the user's script, which may call ``scclr.train`` without a guard."""
+    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+
+
+def _start_worker(worker: int) -> None:
+    """Ignore signals, also if another program has started the server, and end at once with the training process.
+
+    PyTorch's own check watches the server instead, which does not end before its workers.
+    """
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class _Jobs(Dataset[T]):

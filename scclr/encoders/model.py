@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scclr.config.errors import one_line
 from scclr.config.schema import ProjectorConfig
 
 
@@ -56,15 +57,22 @@ def activations(model: Model, side: int) -> int:
     convolutions and linear layers.
 
     ``model`` is on the meta device, where nothing is computed or allocated.
+
+    Raises:
+        ValueError: the encoder takes no images of this size.
     """
     found = []
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     handles = [layer.register_forward_hook(lambda _, __, output: found.append(output.numel())) for layer in layers]
     training = model.training
-    model.eval()(torch.empty(1, model.channels, side, side, device="meta"))
-    model.train(training)
-    for handle in handles:
-        handle.remove()
+    try:
+        model.eval()(torch.empty(1, model.channels, side, side, device="meta"))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the encoder takes no images of {side} x {side} pixels ({one_line(error)})") from error
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
     return sum(found)
 
 

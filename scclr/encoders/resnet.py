@@ -29,7 +29,7 @@ class ResNet(nn.Module):
         if stem not in ("auto", "small", "imagenet"):
             raise ValueError(f"stem={stem}: choose auto, small or imagenet")
         small = image_size <= SMALL_IMAGE
-        trial = torch.get_default_device().type == "meta"  # only to count the weights
+        trial = torch.empty(0).device.type == "meta"  # only to count the weights
         if stem == "imagenet" and small and not trial:
             warnings.warn(
                 f"a 7x7 stem with max-pooling on {image_size}-pixel images: stem=auto suits them", stacklevel=2

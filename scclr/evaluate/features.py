@@ -26,26 +26,35 @@ def encoder_hash(encoder: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def own_share(data: ImageSet) -> ImageSet:
+    """The images of ``data`` that this process evaluates: one share for each process, in order; all if it is alone."""
+    share = -(-len(data) // distributed.world_size())
+    return data[slice(distributed.rank() * share, (distributed.rank() + 1) * share)]
+
+
 @torch.no_grad()
 def extract_features(model: Model, data: ImageSet, batch_size: int) -> Tensor:
-    """h [N, D] in float32 of un-augmented images. The model is in eval mode meanwhile.
-
-    Every process computes its share, and all of them return the whole.
-    """
+    """h [N, D] in float32 of un-augmented images. The model is in eval mode meanwhile."""
     training = model.training
     model.eval()
-    share = -(-len(data) // distributed.world_size())
-    own = data[slice(distributed.rank() * share, (distributed.rank() + 1) * share)]
-    parts = (with_channels(part, model.channels).float() / 255 for part in own.blocks(batch_size))
-    h = torch.cat([model.represent(part).float() for part in parts])
-    h = distributed.gather(F.pad(h, (0, 0, 0, share - len(h))))[: len(data)]  # the last share is padded to be equal
+    h = torch.empty(len(data), int(model.encoder.feature_dim), device=data.labels.device)  # type: ignore[arg-type]
+    done = 0
+    for part in data.blocks(batch_size):
+        h[done : done + len(part)] = model.represent(with_channels(part, model.channels).float() / 255)
+        done += len(part)
     model.train(training)
     return h
 
 
 def pixels(data: ImageSet) -> Tensor:
     """The images themselves as features in [0, 1], [N, C H W]; larger ones are averaged down to 32 x 32 pixels."""
-    parts = (part.float() / 255 for part in data.blocks(512))
-    if max(data.images.shape[-2:]) > MAX_PIXELS:
-        parts = (F.adaptive_avg_pool2d(part, MAX_PIXELS) for part in parts)
-    return torch.cat([part.flatten(1) for part in parts])
+    channels, *sides = data.images.shape[1:]
+    height, width = (MAX_PIXELS, MAX_PIXELS) if max(sides) > MAX_PIXELS else sides
+    x = torch.empty(len(data), channels * height * width, device=data.labels.device)
+    done = 0
+    for part in data.blocks(512):
+        images = part.float() / 255
+        images = F.adaptive_avg_pool2d(images, MAX_PIXELS) if max(sides) > MAX_PIXELS else images
+        x[done : done + len(part)] = images.flatten(1)
+        done += len(part)
+    return x

@@ -5,6 +5,7 @@ Dimensions: N rows z [N, P] are compared with themselves or with M keys [M, P]; 
     f_i     = log sum_k exp(l_ik)                     l_ik = <z_i, z_k> / tau, over the pairs that are not left out
     df/dz_i = sum_k (w_i p_ik + w_k p_ki) z_k / tau   p_ik = exp(l_ik - f_i), w the gradient with respect to f
 
+Products are computed in full float32, whatever the process has chosen for its other products (``float32_products``).
 At most a few tiles exist at a time. The backward pass computes them again, unless a single tile holds all pairs. Rows
 compared with themselves form a symmetric matrix, so both passes compute its upper triangle only, and a tile off the
 diagonal serves the rows of both of its sides.
@@ -12,7 +13,7 @@ diagonal serves the rows of both of its sides.
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,37 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off, on devices that have it."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+@contextmanager
+def float32_products(device: torch.device) -> Iterator[None]:
+    """Products of float32 matrices in full precision: not in TF32 on a GPU, nor in bfloat16 on a CPU.
+
+    An error of TF32 in a similarity is about 5e-4, and a temperature of 0.05 makes it 1 % of exp(s / temperature).
+    ``torch.compile`` takes the setting that it finds when it compiles, so there this does nothing.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    backend = getattr(backend, "matmul", None)
+    by_backend = hasattr(backend, "fp32_precision")  # from torch 2.9 on
+    older = backend.fp32_precision if by_backend else torch.get_float32_matmul_precision()
+    if older in ("none", "ieee", "highest"):
+        yield
+        return
+
+    def choose(precision: str) -> None:
+        if by_backend:
+            backend.fp32_precision = precision
+        else:
+            torch.set_float32_matmul_precision(precision)
+
+    choose("ieee" if by_backend else "highest")
+    try:
+        yield
+    finally:
+        choose(older)
 
 
 def tile_of(device: torch.device) -> int:
@@ -120,15 +152,16 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, keys: Tensor | None, period: int, ids: Ids, plain: bool, tile: int) -> Tensor:
         sums = rows.new_full((len(rows),), 0 if plain else -math.inf)
         values = None
-        for i, j, mirror, values in _Tiles(rows, keys, period, ids, plain, tile, None):
-            if plain:
-                sums[i] += values.sum(1)
-                if mirror:
-                    sums[j] += values.sum(0)
-            else:
-                sums[i] = sums[i].logaddexp(values.logsumexp(1))
-                if mirror:
-                    sums[j] = sums[j].logaddexp(values.logsumexp(0))
+        with float32_products(rows.device):
+            for i, j, mirror, values in _Tiles(rows, keys, period, ids, plain, tile, None):
+                if plain:
+                    sums[i] += values.sum(1)
+                    if mirror:
+                        sums[j] += values.sum(0)
+                else:
+                    sums[i] = sums[i].logaddexp(values.logsumexp(1))
+                    if mirror:
+                        sums[j] = sums[j].logaddexp(values.logsumexp(0))
         single = values is not None and values.shape == (len(rows), len(rows if keys is None else keys))
         ctx.save_for_backward(rows, keys, sums, values if single else None)
         ctx.period, ctx.ids, ctx.plain, ctx.tile = period, ids, plain, tile
@@ -144,16 +177,17 @@ class _LogSumExp(torch.autograd.Function):
         to_keys = to_rows if keys is None else torch.zeros_like(keys)
         by_sum, scratch = torch.where(sums == 0, 0, w / sums), torch.empty_like(tiles.buffer)
         sums = sums.masked_fill(sums == -math.inf, 0)  # a row without keys has no gradient
-        for i, j, mirror, tile in tiles:
-            if ctx.plain:  # w_i p_ik + w_k p_ki = exp(l_ik) (w_i / S_i + w_k / S_k), with the sums S_i = exp(f_i)
-                product = scratch[: tile.numel()].view_as(tile)
-                weights = by_sum[i].unsqueeze(1)
-                weights = torch.add(weights, by_sum[j], out=product) if tiles.symmetric else weights
-                tile = torch.mul(tile, weights, out=product)
-            else:
-                weights = (tile - sums[i].unsqueeze(1)).exp_().mul_(w[i].unsqueeze(1))
-                tile = weights.add_((tile - sums[j]).exp_().mul_(w[j])) if tiles.symmetric else weights
-            to_rows[i].addmm_(tile, tiles.keys[j])
-            if mirror or not tiles.symmetric:
-                to_keys[j].addmm_(tile.T, rows[i])
+        with float32_products(rows.device):
+            for i, j, mirror, tile in tiles:
+                if ctx.plain:  # w_i p_ik + w_k p_ki = exp(l_ik) (w_i / S_i + w_k / S_k), with the sums S_i = exp(f_i)
+                    product = scratch[: tile.numel()].view_as(tile)
+                    weights = by_sum[i].unsqueeze(1)
+                    weights = torch.add(weights, by_sum[j], out=product) if tiles.symmetric else weights
+                    tile = torch.mul(tile, weights, out=product)
+                else:
+                    weights = (tile - sums[i].unsqueeze(1)).exp_().mul_(w[i].unsqueeze(1))
+                    tile = weights.add_((tile - sums[j]).exp_().mul_(w[j])) if tiles.symmetric else weights
+                to_rows[i].addmm_(tile, tiles.keys[j])
+                if mirror or not tiles.symmetric:
+                    to_keys[j].addmm_(tile.T, rows[i])
         return to_rows, None if keys is None else to_keys, None, None, None, None

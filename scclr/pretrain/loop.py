@@ -59,10 +59,13 @@ def pretrain(
     dtype = precision_dtype(device, config.precision)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     network = distributed.replicate(state.model.train().to(memory_format=memory_format))
-    network = torch.compile(network) if config.compile else network  # type: ignore[assignment]
     augment, steps = with_view_size(augment, data.images), range(state.step, total)
     rank, world_size = distributed.rank(), distributed.world_size()
-    loader = batches(data, augment, seed=seed, batch_size=batch_size, steps=steps, rank=rank, size=world_size)
+    loader = batches(
+        data, augment, seed=seed, batch_size=batch_size, steps=steps, rank=rank, size=world_size, say=log.say
+    )
+    if compiles(device, config.compile):
+        network, augment = torch.compile(network), augment.compiled()  # type: ignore[assignment]
 
     for step, batch in zip(steps, loader, strict=True):
         lr = set_lr(state.optimizer, lr_factor(step, total, warmup))
@@ -115,7 +118,8 @@ def train_step(
     first = distributed.rank() * len(images)
 
     def embed(part: slice) -> Tensor:
-        views = augment(images[part], seed=seed, step=state.step, first=first + part.start, total=len(batch.labels))
+        with torch.no_grad():  # always, so that it is compiled once
+            views = augment(images[part], seed=seed, step=state.step, first=first + part.start, total=len(batch.labels))
         mixed = torch.autocast(images.device.type, dtype) if dtype != torch.float32 else nullcontext()
         with mixed:
             _, z = network(views.contiguous(memory_format=memory_format))  # [V part, P], unit rows, float32
@@ -140,6 +144,8 @@ def train_step(
                 embed(part).backward(z.grad[:, part])  # type: ignore[index]
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    if images.device.type != "cpu":  # the device is still busy with this step
+        augment.prepare(images, seed=seed, step=state.step + 1, total=len(batch.labels))
     return LossTerms(*(term.detach() for term in terms)), all_z.detach()
 
 
@@ -157,19 +163,27 @@ def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def without_synchronization(network: nn.Module) -> AbstractContextManager[Any]:
-    """Gradients of a backward pass stay in this process. ``torch.compile`` hands the attribute of a replica on."""
+    """Gradients of a backward pass stay in this process. ``torch.compile`` hands the method of a replica on."""
     no_sync: Callable[[], AbstractContextManager[Any]] = getattr(network, "no_sync", nullcontext)
     return no_sync()
 
 
 def precision_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """The dtype of the forward pass. ``auto`` is bfloat16 on a GPU that has it, float32 elsewhere.
+    """The dtype of the forward pass. ``auto`` is float32 on a CPU, and on a GPU bfloat16, or float16 if the GPU would
+    only emulate bfloat16, as V100 and T4 do.
 
     Raises:
         UserError: fp16 on a CPU.
     """
     if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     message = "pretrain.precision=fp16 needs CUDA: type pretrain.precision=bf16 or fp32"
     require(precision != "fp16" or device.type != "cpu", message)
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def compiles(device: torch.device, wish: bool | str) -> bool:
+    """Whether augmentation and model are compiled: ``auto`` compiles on a GPU."""
+    return device.type == "cuda" if wish == "auto" else bool(wish)

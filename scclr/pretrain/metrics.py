@@ -14,8 +14,9 @@ from torch import Tensor
 
 from scclr.losses import Loss
 from scclr.losses.pairs import widen
+from scclr.run.machine import decompose
 
-UNIFORMITY_ROWS = 4096  # of each view; more than their 8 million pairs would only cost memory
+MEASURED_VIEWS = 4096  # of a batch: 8 million pairs, and no process is kept waiting for the one that measures
 SOFTMAX_ROWS = 1024  # anchors whose softmax is in memory at a time
 
 
@@ -23,8 +24,13 @@ def embedding_metrics(loss: Loss, z: Tensor, labels: Tensor) -> dict[str, float]
     """Geometry of the embeddings z [V, B, P] of a step, the size of each loss term's gradient, and the current alpha.
 
     If the loss has a log-sum-exp form, the ``Admission`` of new features is added. ``labels``, int64 [B], only serve to
-    measure. Values that are not finite are left out. The host waits for the device once.
+    measure. Values that are not finite are left out.
+
+    At most ``MEASURED_VIEWS`` views are measured, those of the first images of the batch, whose order is random. They
+    are then the batch of the loss too, so the gradients are those of a batch of that size.
     """
+    images = max(2, MEASURED_VIEWS // len(z))
+    z, labels = z[:, :images], labels[:images]
     unit = F.normalize(z, dim=2)
     attract, repel = tangent_gradients(lambda views: loss(*views, labels=labels)[1:], z)
     values = {
@@ -36,8 +42,8 @@ def embedding_metrics(loss: Loss, z: Tensor, labels: Tensor) -> dict[str, float]
         "gradient/cosine": F.cosine_similarity(attract.flatten(), repel.flatten(), dim=0),
     }
     if (form := loss.logsumexp_form()) is not None:
-        known = labels if bool((labels >= 0).all()) else None
-        admission = admission_threshold(unit, form.temperature, loss.alpha, labels=known, decoupled=form.decoupled)
+        admission = admission_threshold(unit, form.temperature, loss.alpha, labels=labels, decoupled=form.decoupled)
+        admission = admission._replace(q_same=torch.where((labels >= 0).all(), admission.q_same, math.nan))
         values |= {f"admission/{name}": value for name, value in admission._asdict().items()}
     found = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) | {"alpha": float(loss.alpha)}
     return {name: value for name, value in found.items() if math.isfinite(value)}
@@ -51,15 +57,24 @@ def alignment(*views: Tensor) -> Tensor:
 def uniformity(*views: Tensor, t: float = 2.0) -> Tensor:
     """log E exp(-t |z_i - z_j|^2) over pairs of different images, in [-4 t, 0] (Wang & Isola 2020, eq. 6).
 
-    The pairs are those within a view, of its first 4096 rows, and the logarithms are averaged over views. Positives of
-    two views would count as negatives otherwise.
+    The pairs are those within a view, and the logarithms are averaged over views. Positives of two views would count as
+    negatives otherwise.
     """
-    return torch.stack([F.pdist(view[:UNIFORMITY_ROWS]).square().mul(-t).exp().mean().log() for view in views]).mean()
+    return torch.stack([F.pdist(view).square().mul(-t).exp().mean().log() for view in views]).mean()
 
 
 def effective_rank(z: Tensor) -> Tensor:
-    """Effective rank of z [N, P], in [1, P] (Roy & Vetterli 2007; RankMe, Garrido et al. 2023)."""
-    return entropy_rank(torch.linalg.svdvals(z.float()))
+    """Effective rank of z [N, P], in [1, P] (Roy & Vetterli 2007; RankMe, Garrido et al. 2023).
+
+    The singular values are the roots of the eigenvalues of the Gram matrix, P x P or N x N. Rounding moves these by
+    about eps times the largest one, and thus a small singular value by sqrt(eps) times the largest: 1e-8 in float64,
+    but 3e-4 in float32. What is not above rounding is taken as 0.
+    """
+    z = z.double()
+    gram = z.T @ z if len(z) >= z.shape[1] else z @ z.T
+    eigenvalues = decompose(torch.linalg.eigvalsh, gram)  # ascending
+    noise = len(gram) * torch.finfo(gram.dtype).eps * eigenvalues[-1]
+    return entropy_rank(torch.where(eigenvalues > noise, eigenvalues, 0).sqrt())
 
 
 def entropy_rank(singular: Tensor) -> Tensor:

@@ -147,7 +147,8 @@ class LARS(Optimizer):
 
     For each tensor w with gradient g: ``d = g + weight_decay w``; ``d *= trust |w| / |d|`` where the group adapts and
     both norms are positive. You et al. (alg. 1), timm, lightly and solo-learn divide by |g| + weight_decay |w| instead.
-    No step waits for the device.
+    No step waits for the device. All norms are computed together; a kernel for each tensor is left, which multiplies it
+    by its ratio.
 
     Args:
         momentum_form: ``lr_inside``: v = momentum v + lr d; w -= v (You et al., SimCLR). ``lr_outside``: v = momentum v
@@ -188,12 +189,10 @@ class LARS(Optimizer):
             if group["weight_decay"]:
                 updates = list(torch._foreach_add(updates, params, alpha=group["weight_decay"]))
             if group["adapt"]:
-                weight_norms, update_norms = torch._foreach_norm(params), torch._foreach_norm(updates)
-                ratios = [
-                    torch.where((w > 0) & (u > 0), self._ratio(w, u, group), torch.ones_like(w))
-                    for w, u in zip(weight_norms, update_norms, strict=True)
-                ]
-                updates = list(torch._foreach_mul(updates, ratios))
+                weight_norms, update_norms = (torch.stack(torch._foreach_norm(x)) for x in (params, updates))
+                ratios = self._ratio(weight_norms, update_norms, group)
+                ratios = torch.where((weight_norms > 0) & (update_norms > 0), ratios, 1.0)
+                updates = list(torch._foreach_mul(updates, list(ratios.unbind())))
             for p in params:
                 if "velocity" not in self.state[p]:
                     self.state[p]["velocity"] = torch.zeros_like(p)

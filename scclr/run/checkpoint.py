@@ -16,7 +16,7 @@ from scclr.config.resolve import checkpoint_path
 from scclr.config.schema import has_parts
 from scclr.run import distributed
 from scclr.run.files import GENERATIONS, read_bytes, require_room, run_folder_error, write_atomic
-from scclr.run.preemption import LEAVE, CheckpointSchedule
+from scclr.run.preemption import LEAVE, NOT_DUE, CheckpointSchedule
 
 FORMAT = 2  # of what a checkpoint holds; a run of another format cannot be resumed
 SHARED = ("config", "model", "image_size")  # of all formats; ``model`` has the buffers ``mean`` and ``std``
@@ -25,6 +25,7 @@ ENTRIES: dict[str, type] = {  # of this format, besides ``format``
     **dict.fromkeys(("loss", "optimizer", "scaler", "window"), dict),
 }
 ADVICE = "give a run folder or its last.pt"
+PERIOD, QUESTION_SECONDS = 8, 1.0  # the most steps between two questions to the other processes, and their time
 MARK = b"sha256:"
 COMMENT = len(MARK) + 64
 
@@ -43,6 +44,7 @@ class Checkpoints:
     ) -> None:
         self.directory, self.schedule, self.described = directory, schedule, described
         self.started = time.monotonic() - seconds
+        self.asked_step, self.asked, self.next = -1, self.started, 0  # about the last time that the processes asked
 
     @property
     def seconds(self) -> float:
@@ -52,9 +54,20 @@ class Checkpoints:
     def due(self, step: int) -> int:
         """Whether to ``SAVE`` or to ``LEAVE`` after ``step`` finished steps; false for neither, equal in all processes.
 
-        Every process of a group must call this.
+        Every process of a group must call this after every step. They ask each other where a count of steps makes a
+        checkpoint due, and besides that every 8 steps, or sooner if these take longer than a second. A question makes
+        the fastest process wait for the slowest.
         """
-        return distributed.all_reduce_max(self.schedule.due(step))
+        if distributed.world_size() == 1:
+            return self.schedule.due(step)
+        if step < self.next and not self.schedule.counted(step):
+            return NOT_DUE
+        now = time.monotonic()
+        each = (now - self.asked) / (step - self.asked_step if self.asked_step >= 0 else 1)  # seconds of a step
+        haste = PERIOD - min(PERIOD, max(1, int(QUESTION_SECONDS / max(each, 1e-9))))
+        due, haste = divmod(distributed.all_reduce_max(self.schedule.due(step) * PERIOD + haste), PERIOD)
+        self.asked_step, self.asked, self.next = step, now, step + PERIOD - haste
+        return due
 
     def save(self, state: dict[str, Any], due: int) -> None:
         """Write ``last.pt``, and then stop if ``due`` is ``LEAVE``.

@@ -1,5 +1,6 @@
 """When a run saves, and how it stops: after a signal it finishes its step, writes a checkpoint and exits with 75."""
 
+import atexit
 import os
 import signal
 import sys
@@ -24,8 +25,8 @@ class Stop:
     """A context manager in which signals end a run early, in an orderly way.
 
     Outside ``deferred`` the first signal ends it at once. Inside, the first signal is only noted, and
-    ``CheckpointSchedule`` acts on it between two steps. More signals are ignored for ``REPEAT_SECONDS``; a later one
-    ends the run at once.
+    ``CheckpointSchedule`` acts on it between two steps. More signals are ignored for ``REPEAT_SECONDS``, also while the
+    process ends after that; a later one ends the run at once.
 
     A signal that was ignored before stays ignored, such as Ctrl-C for a command in the background. The handler that
     was installed before is called last and decides what happens: Python's own turns Ctrl-C into ``KeyboardInterrupt``,
@@ -41,12 +42,20 @@ class Stop:
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
             heeded = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-            self.previous = {number: signal.signal(number, self._take) for number in heeded}
+            self.previous = {number: _older(number, signal.signal(number, self._take)) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            ends = self.first is not None and handler in (signal.SIG_DFL, signal.default_int_handler)
+            signal.signal(number, self._take_late if ends else handler)
+
+    def _take_late(self, number: int, _: FrameType | None) -> None:
+        """The handler after the context, if a signal came in it: as before the context, but not for a repeat."""
+        assert self.first is not None
+        if time.monotonic() - self.first >= REPEAT_SECONDS:
+            signal.signal(number, self.previous[number])
+            signal.raise_signal(number)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -77,6 +86,20 @@ class Stop:
             older(number, None)
             return
         stop_process(signal.Signals(number).name if number is not None else "a signal to one of its processes")
+
+
+def _older(number: int, handler: Any) -> Any:
+    """The handler that was there before a ``Stop`` that has ended."""
+    late = getattr(handler, "__func__", None) is Stop._take_late
+    return handler.__self__.previous[number] if late else handler
+
+
+@atexit.register
+def _ignore_repeats() -> None:
+    """Ignore repeats while the interpreter ends, which puts back the default of signals that have a handler."""
+    for number in SIGNALS:
+        if _older(number, handler := signal.getsignal(number)) is not handler:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def stop_process(cause: str) -> NoReturn:
@@ -118,9 +141,12 @@ class CheckpointSchedule:
         self.asked = time.monotonic()
         if self.stop.signal is not None:
             return LEAVE
-        by_steps = self.steps is not None and done % self.steps == 0
         by_clock = self.seconds is not None and self.asked - self.last_saved >= max(self.seconds, self.cost / SHARE)
-        return SAVE if by_steps or by_clock or done == self.total else NOT_DUE
+        return SAVE if by_clock or self.counted(done) else NOT_DUE
+
+    def counted(self, done: int) -> bool:
+        """Whether the count of steps makes a checkpoint due after ``done`` steps, in every process alike."""
+        return done == self.total or (self.steps is not None and done % self.steps == 0)
 
     def saved(self, due: int) -> None:
         """Note that a checkpoint was written because of ``due``; stops the run if that is ``LEAVE``."""

@@ -70,6 +70,8 @@ def _accuracies(metrics: dict[str, float]) -> list[str]:
     lines = [f"{'test accuracy, %':<18}" + "".join(f"{name:>20}" for name in columns)]
     groups = [name.removeprefix(columns[0]) for name in metrics if name.startswith(f"{columns[0]}/")]
     for prefix, title in TITLES.items():
+        if prefix and not any(name.startswith(prefix) for name in metrics):
+            continue  # a baseline that was left out
         for group in ("", *groups):  # all, and of a long tail: /many, /medium, /few
             values = [metrics[f"{prefix}{name}{group}"] for name in columns]
             label = f"  {group[1:]} images" if group else title

@@ -1,15 +1,17 @@
 """The points of a sweep: which of them are done, running, failed, stopped or missing, and how long they take."""
 
 import math
+import os
+import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from scclr.config.errors import UserError, require
 from scclr.run.files import GENERATIONS, folder_error, read_bytes, read_json, remove_partials, write_json, write_text
-from scclr.run.lock import file_lock, is_locked
+from scclr.run.lock import HeldError, file_lock, is_locked
 from scclr.run.result import read_result
 
 STATES = ("done", "running", "failed", "stopped", "missing")
@@ -46,6 +48,52 @@ class Point(NamedTuple):
 
             return float(load(self.directory)["seconds"])
         return 0.0
+
+
+def devices() -> list[str]:
+    """The CUDA devices that this process sees, in the words of ``CUDA_VISIBLE_DEVICES``."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return list(map(str, range(count))) if named is None else [name.strip() for name in named.split(",")][:count]
+
+
+def divided(jobs: int, *, cores: int, names: Sequence[str], each: int) -> tuple[int, list[str]]:
+    """(how many points ``hydra.launcher.n_jobs`` runs at the same time, the CUDA devices of each of these).
+
+    Args:
+        jobs: -1 is one on each core or, where there are CUDA devices, on each share of these; -2 is one fewer.
+        names: of the CUDA devices, if the points use them.
+        each: the processes of a point, one for each device of a share.
+
+    Raises:
+        UserError: there are too few devices.
+    """
+    shares = [",".join(names[i : i + each]) for i in range(0, len(names) - each + 1, each)]
+    most, wanted = len(shares) if names else cores, f" of nproc={each}" if each > 1 else ""
+    message = f"hydra.launcher.n_jobs={jobs}: {len(names)} CUDA devices are enough for {most} runs{wanted} at once"
+    require(not names or jobs <= most, f"{message}; type hydra.launcher.n_jobs={most}")
+    return jobs if jobs > 0 else max(1, most + 1 + jobs), shares
+
+
+@contextmanager
+def own_devices(folder: str, shares: Sequence[str]) -> Iterator[None]:
+    """Let this process see the first of ``shares`` that is free, for its CUDA and that of its child processes.
+
+    A share is taken by a lock in ``folder``, which the kernel frees when the process ends, also if it is killed.
+    """
+    with ExitStack() as stack:
+        while True:
+            for i, share in enumerate(shares):
+                try:
+                    stack.enter_context(file_lock(Path(folder, f"{i}.lock"), 0))
+                except HeldError:
+                    continue
+                os.environ["CUDA_VISIBLE_DEVICES"] = share
+                yield
+                return
+            time.sleep(0.1)  # a process that was killed has not quite ended
 
 
 def fail(directory: Path, message: str) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from scclr.config.errors import UserError, require
 
 ADVICE = "start with torchrun, or unset WORLD_SIZE"
+TASKS = "SLURM_STEP_NUM_TASKS"  # of the processes that one srun started; the shell of a job has none
 
 
 class Group(NamedTuple):
@@ -25,9 +26,14 @@ def group() -> Group:
     """The place of this process. Without ``WORLD_SIZE`` it is on its own, whatever the other variables say.
 
     Raises:
-        UserError: ``WORLD_SIZE`` is no number of processes, or the other variables do not fit it.
+        UserError: ``WORLD_SIZE`` is no number of processes, or the other variables do not fit it; or there is none, and
+            srun has started several processes, each of which would be the whole run.
     """
     if "WORLD_SIZE" not in os.environ:
+        tasks = os.environ.get(TASKS) or "1"
+        lone = f"{TASKS}={tasks}: srun started this {tasks} times, and no process knows of the others"
+        advice = "type srun --ntasks-per-node=1 torchrun --nproc-per-node=<GPUs> -m scclr train ..., or unset it"
+        require(tasks == "1", f"{lone}; {advice} if these are separate runs")
         return Group()
     size = _number("WORLD_SIZE", 1)
     if size == 1:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scclr.pretrain.metrics import entropy_rank
+from scclr.run.machine import decompose
 from scclr.theory.sample import Sample
 
 
@@ -55,7 +56,7 @@ def collapse(z: Tensor, labels: Tensor, *, population: bool = False) -> Collapse
     cosines = (direction @ direction.T)[pair[0], pair[1]]
     distance = b[pair[0]] + b[pair[1]] - 2 * (prototypes @ prototypes.T)[pair[0], pair[1]]  # |mu_c - mu_c'|^2
     cdnv = (2 - b[pair[0]] - b[pair[1]]) / (2 * torch.where(distance > 0, distance, torch.nan))  # V_c = 1 - |mu_c|^2
-    spectrum = torch.linalg.eigvalsh(second).flip(0).clamp(min=0)
+    spectrum = decompose(torch.linalg.eigvalsh, second).flip(0).clamp(min=0)
     return Collapse(
         nc1=((within * inverse).sum() / sample.classes).item(),
         etf_mean=cosines.mean().item(),

@@ -14,6 +14,7 @@ from scclr.theory.embed import by_image, fresh_views
 from scclr.theory.thresholds import augmentation_correlations, edges
 
 FORECAST_IMAGES, FORECAST_VIEWS = 1024, 8
+AT_ONCE = 256  # images, since the batch of a training does not fit a GPU in float32
 PIXELS = 8  # the side to which views are averaged down
 
 
@@ -47,22 +48,25 @@ class Forecast:
 def forecast_collapse(
     model: Model, data: ImageSet, augment: Augment, form: LogSumExpForm, *, batch: int, seed: int
 ) -> Forecast:
-    """The forecast from eight views of the first 1,024 images, in batches of ``batch`` with their own statistics.
+    """The forecast from eight views of the first 1,024 images, for a training with batches of ``batch``.
+
+    No more than 256 images are in the encoder at once, so above that batch normalization uses statistics of 256 images
+    and not those of a batch.
 
     The features are what a linear map can use at the start: the untrained h, and the pixels averaged down to 8 x 8. The
     model, its buffers and all random states stay as they are.
     """
     twin = copy.deepcopy(model).train()  # its running statistics change, not the model's
-    parts = []
-    for number in range(max(1, min(FORECAST_IMAGES, len(data)) // batch)):
-        part = data[slice(number * batch, (number + 1) * batch)]
-        seen = list(fresh_views(part, augment, FORECAST_VIEWS, model.channels, seed=seed, part=number))
-        embedded = [twin(x) for x in seen]  # (h, z) of each
-        outputs = [h for h, _ in embedded], [F.adaptive_avg_pool2d(x, PIXELS).flatten(1) for x in seen]
-        parts.append([by_image(x, len(part), FORECAST_VIEWS) for x in outputs])  # h and pixels, [b, 8, D]
+    parts, size = [], min(batch, AT_ONCE)
+    for number in range(max(1, min(FORECAST_IMAGES, len(data)) // size)):
+        part = data[slice(number * size, (number + 1) * size)]
+        outputs = []  # h, z and pixels of one step's views at a time
+        for x in fresh_views(part, augment, FORECAST_VIEWS, model.channels, seed=seed, part=number):
+            outputs.append((*twin(x), F.adaptive_avg_pool2d(x, PIXELS).flatten(1)))
+        h, z, pixels = zip(*outputs, strict=True)
+        parts.append([by_image(x, len(part), FORECAST_VIEWS) for x in (h, pixels)])  # [b, 8, D] each
     features = [torch.cat(rows) for rows in zip(*parts, strict=True)]
     scaled = [x / x.std((0, 1)).mean().clamp(min=torch.finfo(x.dtype).tiny) for x in features]
     r_max = augmentation_correlations(torch.cat(scaled, 2))[0].item()
-    width = embedded[0][1].shape[1]
-    found = edges(form, r_max=r_max, images=batch, views=len(augment.views), width=width)
+    found = edges(form, r_max=r_max, images=batch, views=len(augment.views), width=z[0].shape[1])
     return Forecast(r_max, found.alpha_col, found.alpha_mis, found.alpha_mis_exact)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from scclr.losses import LogSumExpForm
+from scclr.run.machine import decompose
 from scclr.theory.sample import LEAST_IMAGES
 
 
@@ -94,9 +95,9 @@ def augmentation_correlations(
         if mean_eigenvalue <= 0:  # constant features do not correlate
             return h.new_zeros(min(components, h.shape[2]))
         regularizer = ridge * mean_eigenvalue * torch.eye(len(within), dtype=h.dtype, device=h.device)
-        scale, basis = torch.linalg.eigh(within + regularizer)
+        scale, basis = decompose(torch.linalg.eigh, within + regularizer)
         whiten = (basis * scale.rsqrt())[:, -components:]
-        _, axes = torch.linalg.eigh(whiten.T @ between @ whiten)
+        _, axes = decompose(torch.linalg.eigh, whiten.T @ between @ whiten)
         v = whiten @ axes.flip(1)  # one direction per column
         found.append(((held_between @ v) * v).sum(0) / (((held_within + regularizer) @ v) * v).sum(0))
     return ((found[0] + found[1]) / 2).sort(descending=True).values

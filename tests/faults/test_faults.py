@@ -17,10 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import checkpoint_files
+import numpy as np
 import processes
 import pytest
 import torch
 from conftest import TINY, result_of, rows_of
+from PIL import Image
 from processes import children, finish, in_full_form, until
 
 from scclr.config.errors import UserError
@@ -106,8 +108,8 @@ KILLS = [
     ("os", "fsync", 11),  # the second checkpoint is written, under its temporary name
     ("os", "replace", 6),  # before the first of its two renames
     ("os", "replace", 7),  # between them
-    ("scclr.train", "probe_encoder", 2),
-    ("scclr.train", "probe_pixels", 1),
+    ("scclr.evaluate.probe", "probe_encoder", 2),
+    ("scclr.evaluate.probe", "probe_pixels", 1),
     ("scclr.train", "knn_accuracy", 2),
     ("scclr.run.machine", "describe", 1),  # everything is done but result.json
 ]
@@ -151,6 +153,49 @@ def test_a_signal_ends_the_step_and_saves(name: str, whole: tuple[Path, float], 
     same(run_of(tmp_path), whole[0])
 
 
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 240 images of 2 classes."""
+    folder, draw = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for number in range(240):
+        path = folder / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_signal_to_the_whole_group_spares_what_reads_images(
+    nproc: int, photographs: Path, tmp_path: Path, full: bool
+) -> None:
+    """The group has the command, its processes, and the workers of these; torchrun then signals once more."""
+    in_full_form(full or nproc == 1)
+    draw, keys = random.Random(nproc), [word for word in LINE if not word.startswith("dataset")]
+    keys += ["dataset=imagefolder", f"dataset.root={photographs}", "dataset.image_size=16", "dataset.workers=2"]
+    keys += ["dataset.in_memory=false", "augment=crop", "pretrain.knn_every=0", "pretrain.epochs=30", f"nproc={nproc}"]
+    for number in range(20 if full else 1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        process = start(folder, *keys)
+        until(lambda folder=folder: list(folder.glob("runs/*/*/previous.pt")), 180)  # type: ignore[misc]
+        time.sleep(draw.uniform(0, 0.5))
+        before = load(run_of(folder))["step"]
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGTERM)
+            time.sleep(draw.uniform(0, 0.2))
+        err = finish(process, STOPPED)
+        assert last_line(err) == "stopped by SIGTERM; type the same command to go on"
+        assert "Traceback" not in err
+        assert "Warning" not in err
+        saved = load(run_of(folder))["step"]
+        assert before <= saved < 60
+        assert not (run_of(folder) / "error.txt").exists()
+        process = start(folder, *keys)
+        until(lambda process=process: process.poll() is not None, 180)  # type: ignore[misc]
+        finish(process)
+        assert [row["step"] for row in rows_of(run_of(folder))] == list(range(5, 61, 5))
+
+
 @pytest.mark.parametrize("moment", [("scclr.components", "prepare"), ("scclr.train", "check_data")])
 def test_a_signal_before_the_training_means_the_same(moment: tuple[str, str], tmp_path: Path, full: bool) -> None:
     in_full_form(full)
@@ -163,7 +208,7 @@ def test_a_signal_before_the_training_means_the_same(moment: tuple[str, str], tm
     [
         ("raise", 1, 8, "rank 1: ValueError: a fault of one process"),
         ("SIGKILL", 1, 8, "rank 1 was killed by SIGKILL"),
-        ("SIGTERM", STOPPED, 9, "stopped by a signal to one of its processes"),
+        ("SIGTERM", STOPPED, 10, "stopped by a signal to one of its processes"),
     ],
 )
 def test_a_rank_that_fails_ends_the_job_with_its_message(

@@ -1,0 +1,142 @@
+"""Time and objective of the probe's logistic regression over a path of L2 strengths, beside scikit-learn's. Linux.
+
+    python scripts/bench_probe.py [ROUNDS]      by default 3; Fashion-MNIST's pixels are measured in one of them
+
+Every measurement runs in its own process on 2 threads, and each round measures all contenders. All follow the path from
+the strongest penalty on, and each fit starts from the one before. scclr is given features in float32 as they are, and
+standardizes them; scikit-learn is given standardized features in float64, and the time to make them is not counted.
+scikit-learn's ``tol`` is the loosest power of ten with which its L-BFGS comes within 1e-6 on the first problem. On
+Fashion-MNIST's pixels its L-BFGS may do as many iterations at each strength as scclr did, since it would take many
+times as long to converge; newton-cholesky's Hessian of 7,850 x 7,850 takes minutes for each iteration there.
+
+``seconds`` is the median over rounds. ``excess`` is the largest over strengths of objective / the least of any
+contender - 1, ``gradient`` the largest entry of the objective's gradient, and ``accuracy`` that on the training images
+at the weakest penalty. Writes scripts/results/bench_probe.csv.
+"""
+
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scclr.evaluate.logreg import Objective, accuracy, fit_logreg, predict
+
+STRENGTHS, CLASSES, ROUNDS, THREADS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5), 10, 3, 2
+LIMIT = 5000  # iterations of a fit; no contender reaches it
+RESULTS = Path(__file__).parent / "results"
+CONTENDERS = {
+    "20,000 x 128, overlapping clusters": ("scclr", "lbfgs", "newton-cholesky"),
+    "60,000 x 784, Fashion-MNIST's pixels": ("scclr", "lbfgs"),
+}
+
+
+def data(problem: str) -> tuple[Tensor, Tensor]:
+    """Features in float32 and labels."""
+    if "pixels" in problem:
+        from scclr.datasets.fashion_mnist import FashionMNIST
+        from scclr.evaluate.features import pixels
+
+        splits = FashionMNIST(root=None, mean=[0.2860], std=[0.3530], validation=0.1).load()
+        parts = (splits.train, splits.validation)
+        return torch.cat([pixels(part) for part in parts]), torch.cat([part.labels for part in parts])
+    draw = torch.Generator().manual_seed(0)
+    y = torch.randint(0, CLASSES, (20_000,), generator=draw)
+    x = 0.35 * torch.randn(CLASSES, 128, generator=draw)[y] + torch.randn(20_000, 128, generator=draw)
+    return x @ torch.randn(128, 128, generator=draw) / 128**0.5, y
+
+
+def measure(problem: str, name: str, limits: list[int]) -> dict[str, Any]:
+    """The seconds of the path in this process, and what it reached at each strength."""
+    torch.set_num_threads(THREADS)
+    x, y = data(problem)
+    found: list[Tensor] = []  # weights on the features as they are
+    iterations: list[int] = []
+    if name == "scclr":
+        fit_logreg([(x[:100], y[:100])], CLASSES, 1.0, 2)  # loads what a first call needs
+        start = time.perf_counter()
+        for l2, limit in zip(STRENGTHS, limits, strict=True):
+            fit = fit_logreg([(x, y)], CLASSES, l2, limit, found[-1] if found else None)
+            found.append(fit.weights)
+            iterations.append(fit.iterations)
+        seconds = time.perf_counter() - start
+    else:
+        from sklearn.linear_model import LogisticRegression
+        from threadpoolctl import threadpool_limits
+
+        warnings.simplefilter("ignore")  # the limit of iterations
+        to_raw = Objective.of([(x, y)], 1.0).standard
+        standard, labels = (x.double() @ to_raw[:-1, :-1] + to_raw[:-1, -1]).numpy(), y.numpy()
+        model = LogisticRegression(solver=name, tol=1e-6 if name == "lbfgs" else 1e-4, warm_start=True)
+        with threadpool_limits(THREADS):
+            start = time.perf_counter()
+            for l2, limit in zip(STRENGTHS, limits, strict=True):
+                model.set_params(C=1 / (l2 * len(x)), max_iter=limit).fit(standard, labels)
+                bias = torch.from_numpy(model.intercept_).double().unsqueeze(1)
+                found.append(torch.cat([torch.from_numpy(model.coef_).double(), bias], 1) @ to_raw)
+                iterations.append(int(max(model.n_iter_)))
+            seconds = time.perf_counter() - start
+    values, gradients = [], []
+    for l2, weights in zip(STRENGTHS, found, strict=True):
+        objective = Objective.of([(x, y)], l2)
+        value, gradient = objective(weights)
+        values.append(value.item())
+        gradients.append((gradient @ objective.standard.T).abs().max().item())
+    right = accuracy(predict(x, found[-1]), y)
+    return {
+        "seconds": seconds, "values": values, "gradient": max(gradients), "iterations": iterations, "accuracy": right
+    }  # fmt: skip
+
+
+def compare(problem: str, rounds: int) -> list[dict[str, Any]]:
+    """One row per contender."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS[problem]}
+    for _ in range(rounds):
+        for name, done in runs.items():
+            limited = "pixels" in problem and name != "scclr"
+            limits = runs["scclr"][0]["iterations"] if limited else [LIMIT] * len(STRENGTHS)
+            command = [sys.executable, "-P", __file__, "--one", problem, name, json.dumps(limits)]
+            finished = subprocess.run(command, check=True, capture_output=True, text=True)
+            done.append(json.loads(finished.stdout.splitlines()[-1]))
+    least = [min(values) for values in zip(*(done[0]["values"] for done in runs.values()), strict=True)]
+    rows = []
+    for name, done in runs.items():
+        row = {
+            "problem": problem,
+            "contender": name if name == "scclr" else f"scikit-learn {name}",
+            "rounds": rounds,
+            "seconds": round(statistics.median(one["seconds"] for one in done), 2),
+            "iterations": sum(done[0]["iterations"]),
+            "excess": f"{max(v / w - 1 for v, w in zip(done[0]['values'], least, strict=True)):.1e}",
+            "gradient": f"{done[0]['gradient']:.1e}",
+            "accuracy": round(done[0]["accuracy"], 5),
+        }
+        rows.append(row)
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    return rows
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--one"]:
+        problem, name, limits = sys.argv[2:]
+        print(json.dumps(measure(problem, name, json.loads(limits))))
+        return
+    rounds = int(sys.argv[1]) if sys.argv[1:] else ROUNDS
+    print(f"torch {torch.__version__}, {THREADS} threads")
+    rows = [row for problem in CONTENDERS for row in compare(problem, 1 if "pixels" in problem else rounds)]
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / "bench_probe.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
