@@ -140,6 +140,7 @@ def test_folders_without_a_finished_run_are_refused(folder: Path) -> None:
         scclr.results(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first", ["scclr.__doc__", "import scclr.api", "from scclr.train import run", "import scclr.train"]
 )

@@ -108,6 +108,7 @@ def test_rotation_of_files_is_refused(photographs: Path, tmp_path: Path) -> None
 # Worker processes -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"DataLoader worker.*smaller dataset\.workers"):
         list(read_ahead(kill, range(2), workers=1))

@@ -148,6 +148,7 @@ def test_a_checkpoint_runs_no_code_that_is_not_trusted(
     assert scclr(*words, "trust=[parts]") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["augment", "encoder", "loss", "optimizer"])
 @pytest.mark.parametrize("target", ["os.system", "scclr.run.files.write_text", "scclr.augment.Augment", "planted.Code"])
 def test_a_crafted_checkpoint_runs_nothing(group: str, target: str, own: Path, scclr: Run) -> None:
@@ -168,6 +169,7 @@ def test_a_crafted_checkpoint_runs_nothing(group: str, target: str, own: Path, s
     assert not (own / "ran").exists()
 
 
+@pytest.mark.slow
 def test_new_writes_a_loss_that_works(own: Path, scclr: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert scclr("new", "loss", "my_margin") == 0
     assert capsys.readouterr().out.endswith("next  scclr train --config-dir my_conf loss=my_margin alpha=0.4\n")

@@ -136,6 +136,7 @@ def evaluate_shares(rank: int, size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_processes_that_hold_shares_are_one(tmp_path: Path) -> None:
     mp.spawn(evaluate_shares, (2, str(tmp_path)), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
@@ -179,6 +180,7 @@ print((peak() - before) / (96_000 * 512 * 4))
 """
 
 
+@pytest.mark.slow
 def test_the_probe_copies_no_features() -> None:
     """What it adds to 200 MB of features is a part of them."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
@@ -248,4 +250,4 @@ def test_pixels_of_very_many_images_are_left_out_and_this_is_said(monkeypatch: p
     found = evaluate(model(), model(), splits(), CONFIG)
     assert found["left_out"] == {"baseline/pixels/": "over 100 images"}
     assert set(found["l2"]) == {"probe/logreg", "baseline/untrained/probe/logreg"} == set(found["gradient"])
-    assert "raw pixels" not in "".join(_accuracies(found["metrics"]))
+    assert "raw pixels" not in "".join(_accuracies(found))

@@ -77,6 +77,7 @@ def test_the_files_of_a_loss_are_those_that_new_writes(beside: Path, scclr: Call
         assert (beside / name).read_text() == written[name]
 
 
+@pytest.mark.slow
 def test_every_command_composes(beside: Path, scclr: Callable[..., int]) -> None:
     write_files(beside)
     for words in commands():

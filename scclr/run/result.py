@@ -26,13 +26,13 @@ def read_result(directory: Path) -> dict[str, Any]:
     """
     path = directory / "result.json"
     result = read_json(path)
-    for name in dict.fromkeys((*NEEDED, *NUMBERS)):
+    for name in dict.fromkeys((*NEEDED, *NUMBERS, "left_out")):
         part = result.get(name, None if name in NEEDED else {})
         whole = isinstance(part, dict) and (name not in NUMBERS or all(map(is_number, part.values())))
         whole = whole and (name != "config" or has_parts(part))
         require(whole, f"{path}: damaged (its {name}); {ADVICE}")
     try:
-        _accuracies(result["metrics"])
+        _accuracies(result)
         result["seconds"]["total"]
     except KeyError as error:
         raise UserError(f"{path}: damaged (it lacks {error}); {ADVICE}") from error
@@ -51,27 +51,28 @@ def summary(result: dict[str, Any], directory: Path, note: str) -> str:
     Args:
         note: what to type next.
     """
-    lines = ["", *_accuracies(result["metrics"])]
+    lines = ["", *_accuracies(result)]
     seconds = {"pretraining" if name == "pretrain" else name: value for name, value in result["seconds"].items()}
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name != "total" and value > 0)
     lines += [f"run   {directory}", f"time  {seconds['total']:.0f} s: {spent}", f"next  {note}"]
     return "\n".join(lines)
 
 
-def _accuracies(metrics: dict[str, float]) -> list[str]:
+def _accuracies(result: dict[str, Any]) -> list[str]:
     """The accuracies as a table; nothing if there are none.
 
     Raises:
         KeyError: one of them is missing.
     """
+    metrics, left_out = result["metrics"], result.get("left_out", {})
     columns = [name for name in metrics if name.endswith("top1") and not name.startswith("baseline/")]
     if not columns:
         return []
     lines = [f"{'test accuracy, %':<18}" + "".join(f"{name:>20}" for name in columns)]
     groups = [name.removeprefix(columns[0]) for name in metrics if name.startswith(f"{columns[0]}/")]
     for prefix, title in TITLES.items():
-        if prefix and not any(name.startswith(prefix) for name in metrics):
-            continue  # a baseline that was left out
+        if prefix in left_out:
+            continue
         for group in ("", *groups):  # all, and of a long tail: /many, /medium, /few
             values = [metrics[f"{prefix}{name}{group}"] for name in columns]
             label = f"  {group[1:]} images" if group else title
