@@ -116,8 +116,8 @@ def essence(plain: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration, as nested plain values, that says what a run computes. See ``identify``."""
     kept = {key: value for key, value in plain.items() if key not in VOLATILE}
     found = _without_defaults(kept, TrainConfig)
-    if kept["pretrain"]["compile"] == "auto":
-        found["pretrain"]["compile"] = False  # a device chooses, and devices do not make runs differ
+    if found.get("pretrain", {}).get("compile") == "auto":
+        found["pretrain"]["compile"] = False  # the device chooses, and a device does not make another run
     for group in COMPONENTS:
         found[group] = _component_essence(group, kept[group])
     if kept["probe"].get("dataset") is not None:
