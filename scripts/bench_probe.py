@@ -1,6 +1,7 @@
 """Time and objective of the probe's logistic regression over a path of L2 strengths, beside scikit-learn's. Linux.
 
     python scripts/bench_probe.py [ROUNDS]      by default 3; Fashion-MNIST's pixels are measured in one of them
+    python scripts/bench_probe.py --memory      the whole probe on 200,000 x 2,048 random features, and its memory
 
 Every measurement runs in its own process on 2 threads, and each round measures all contenders. All follow the path from
 the strongest penalty on, and each fit starts from the one before. scclr is given features in float32 as they are, and
@@ -16,6 +17,7 @@ at the weakest penalty. Writes scripts/results/bench_probe.csv.
 
 import csv
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scclr.config.schema import ProbeConfig
+from scclr.datasets import ImageSet, Splits
 from scclr.evaluate.logreg import Objective, accuracy, fit_logreg, predict
+from scclr.evaluate.probe import probe
 
 STRENGTHS, CLASSES, ROUNDS, THREADS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5), 10, 3, 2
 LIMIT = 5000  # iterations of a fit; no contender reaches it
@@ -123,7 +128,32 @@ def compare(problem: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def peak() -> int:
+    """Bytes that this process has had in memory at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory() -> None:
+    """Print the peak memory of the probe beside the size of its features, and what it was before."""
+    torch.set_num_threads(THREADS)
+    counts, width = (180_000, 10_000, 10_000), 2048
+    parts = [(torch.randn(n, width), torch.randint(0, CLASSES, (n,))) for n in counts]
+    sets = [ImageSet(torch.empty(len(y), 1, 1, 1, dtype=torch.uint8), y) for _, y in parts]
+    splits = Splits(sets[0], sets[0], sets[1], sets[2], tuple("0123456789"), (0.5,), (0.5,))
+    config = ProbeConfig(l2=[1e-3, 1e-2], max_iter=10, knn_k=20, knn_temperature=0.07, batch_size=512)
+    before, size = peak(), sum(x.numel() * x.element_size() for x, _ in parts)
+    start = time.perf_counter()
+    probe(*parts, splits, config)
+    print(
+        f"features {size / 1e9:.2f} GB; peak {peak() / 1e9:.2f} GB, of which {before / 1e9:.2f} GB were there before; "
+        f"added {(peak() - before) / size:.3f} of the features; {time.perf_counter() - start:.0f} s"
+    )
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--memory"]:
+        memory()
+        return
     if sys.argv[1:2] == ["--one"]:
         problem, name, limits = sys.argv[2:]
         print(json.dumps(measure(problem, name, json.loads(limits))))
