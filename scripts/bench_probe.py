@@ -79,7 +79,7 @@ def measure(problem: str, name: str, limits: list[int]) -> dict[str, Any]:
         warnings.simplefilter("ignore")  # the limit of iterations
         to_raw = Objective.of([(x, y)], 1.0).standard
         standard, labels = (x.double() @ to_raw[:-1, :-1] + to_raw[:-1, -1]).numpy(), y.numpy()
-        model = LogisticRegression(solver=name, tol=1e-6 if name == "lbfgs" else 1e-4, warm_start=True)
+        model = LogisticRegression(solver=name, tol=1e-7 if name == "lbfgs" else 1e-4, warm_start=True)
         with threadpool_limits(THREADS):
             start = time.perf_counter()
             for l2, limit in zip(STRENGTHS, limits, strict=True):
