@@ -66,9 +66,9 @@ def fit_logreg(
 
     The bias is not penalized. In scikit-learn's terms l2 is 1 / (C N). The search runs in coordinates in which the
     Hessian at ``start``, averaged over classes, is the identity. The minimum is the same, and it is reached in fewer
-    iterations than standardized features need (bench_probe.csv).
+    iterations than standardized features need (scripts/results/measured.md).
 
-    Products and sums are in float64, of one block of images at a time. Besides the features there are in memory 60 K D
+    Products and sums are in float64, of one block of images at a time. Besides the features, memory holds about 50 K D
     numbers of float64 (L-BFGS, on the CPU), a few D^2, and a block. Several processes hold a part each and add up; the
     result is that of one process, to rounding.
 
