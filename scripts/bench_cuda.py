@@ -39,7 +39,7 @@ from scclr.evaluate.probe import probe
 from scclr.losses.ntxent import NTXentLoss
 from scclr.pretrain.loop import precision_dtype, train_step
 from scclr.pretrain.state import TrainState
-from scclr.run.machine import describe, versions
+from scclr.run.machine import describe, deterministic_kernels, versions
 
 CLOCK = time.monotonic()
 PAIRS = ["dataset=cifar10", "augment=simclr", "encoder=resnet18"]
@@ -360,9 +360,10 @@ def main() -> None:
     if unknown := set(options.only.split(",")) - set(PARTS):
         sys.exit(f"--only {min(unknown)}: choose from {', '.join(PARTS)}")
     bench = Bench(options)
-    bench.measure_peaks()
-    for part in options.only.split(","):
-        PARTS[part](bench)
+    with deterministic_kernels(False):  # as pretraining on a GPU: cuDNN tries its algorithms
+        bench.measure_peaks()
+        for part in options.only.split(","):
+            PARTS[part](bench)
     bench.write()
 
 
