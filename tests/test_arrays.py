@@ -241,13 +241,13 @@ def test_a_run(in_memory: str, scclr: Callable[..., int], folder: Path) -> None:
     assert 0 <= result_of(run)["metrics"]["probe/logreg/top1"] <= 1
 
 
-def test_images_of_five_channels_are_evaluated_but_not_augmented(
+def test_images_of_five_channels_are_trained_on_and_evaluated(
     scclr: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(folder / "data", images=PIXELS[:, [0, 1, 2, 0, 1]], labels=LABELS)
-    assert scclr("train", *RUN, *FIVE, "pretrain.batch_size=8") == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "augmentations are of images with 1 or 3 channels, and these have 5: type stages=[probe]" in line
+    for exact in ("true", "false"):
+        assert scclr("train", *RUN, *FIVE, "pretrain.batch_size=8", f"augment.exact={exact}", "runs=trained") == 0
+    capsys.readouterr()
     torch.save(ConvNet(in_channels=5, widths=[8, 16], stem_stride=1).state_dict(), "five.pth")
     words = ["stages=[probe]", "init_from=five.pth", "encoder.widths=[8,16]", *RUN[:3], *FIVE, *TINY[-2:]]
     assert scclr("train", *words) == 1

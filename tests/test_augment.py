@@ -95,6 +95,28 @@ def test_saturation_hue_and_grayscale_do_not_change_grey_images(exact: bool) -> 
     torch.testing.assert_close(colours, views.expand(-1, 3, -1, -1), atol=2e-4, rtol=0)  # LUMA adds up to 0.9999
 
 
+def test_images_of_other_channels_keep_what_is_defined_on_rgb() -> None:
+    """Brightness and contrast act on five channels; saturation, hue and grayscale change nothing."""
+    images = (pictures(8).repeat(1, 2, 1, 1)[:, :5] * 0.3 + 90).byte()
+    of_rgb = {"jitter": 1.0, "saturation": 0.9, "hue": 0.4, "grayscale": 1.0}
+    strengths = {"jitter": 1.0, "brightness": 0.2, "contrast": 0.3}
+    for exact in (True, False):
+        torch.testing.assert_close(make(**of_rgb, exact=exact)(images, seed=0, step=0), images.repeat(2, 1, 1, 1) / 255)
+        augment = make(**strengths, exact=exact)
+        draws = augment.draw(8, seed=0, step=0)
+        expected = images.repeat(2, 1, 1, 1) / 255
+        bright, contrast = draws.jitter_factors[:, :2].view(-1, 2, 1, 1, 1).unbind(1)
+        first = (draws.jitter_order == 0).int().argmax(1) < (draws.jitter_order == 1).int().argmax(1)
+        # A brighter view has a brighter mean too, so the two operations commute where nothing is clamped.
+        assert first.any()
+        assert not first.all()
+        mean = expected.mean((1, 2, 3), keepdim=True)
+        expected = bright * (contrast * expected + (1 - contrast) * mean)
+        torch.testing.assert_close(augment(images, seed=0, step=0), expected, atol=1e-5, rtol=0)
+        steps = colour.colour_steps(draws, 5)
+        torch.testing.assert_close(colour.recolour(images.repeat(2, 1, 1, 1) / 255, steps), expected, atol=1e-5, rtol=0)
+
+
 def test_the_linear_map_equals_the_operations_one_by_one_without_clamps_and_hue() -> None:
     """The colours are so mild that nothing is clamped. Every view has its own order of operations."""
     images = (pictures(32) * 0.3 + 90).byte()

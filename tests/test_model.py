@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scclr.components import check
-from scclr.components.make import try_encoder
+from scclr.components.make import make_model, make_optimizer, try_encoder
 from scclr.config.errors import UserError
 from scclr.config.schema import ProjectorConfig
 from scclr.encoders.convnet import ConvNet
@@ -229,3 +229,16 @@ def test_what_cannot_fit_into_memory_is_refused(words: str, message: str, monkey
 def test_the_default_run_fits_into_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scclr.components.memory_limit", lambda: 2**27)
     check(compose("device=cpu"))
+
+
+@pytest.mark.parametrize("words", [["encoder=vit_tiny"], ["encoder=timm", "encoder.name=test_vit"]])
+def test_a_transformers_class_token_and_positions_do_not_decay(words: list[str]) -> None:
+    config = compose(*words, "dataset=cifar10", "augment=simclr", "optimizer.weight_decay=0.1")
+    model = make_model(config, [0.5] * 3, [0.25] * 3, image_size=32)
+    decay = {
+        id(p): group["weight_decay"] for group in make_optimizer(config, model).param_groups for p in group["params"]
+    }
+    decayed = {name for name, p in model.named_parameters() if decay[id(p)] > 0}
+    assert not [name for name in decayed if "token" in name or "pos_embed" in name]
+    assert decayed >= {name for name, p in model.named_parameters() if p.ndim in (2, 4)}
+    assert len(decay) == len(list(model.parameters()))

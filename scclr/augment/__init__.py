@@ -6,7 +6,7 @@ would have to be told which ones, at each operation. There all views go through 
 travel together (``Augment.render``). Both give the same views to rounding. Normalization is not here but in the model,
 because a frozen encoder takes its statistics along to other datasets.
 
-Dimensions: B images, V views of each, R = V B rows, C channels (1 or 3), H x W pixels, S pixels on a side of a view.
+Dimensions: B images, V views of each, R = V B rows, C channels, H x W pixels, S pixels on a side of a view.
 """
 
 import math
@@ -60,8 +60,8 @@ class Augment(Recipe):
             hue in HSV space, or as one linear map (``colour_maps``). Geometry and blur are torchvision's in both cases.
 
     Raises:
-        ValueError: as ``Recipe``, also for the recipe of a view; for fewer than two views, a name in them that is not
-            part of a recipe, or a size out of range.
+        ValueError: as ``Recipe``, also for the recipe of a view; for no views, a name in them that is not part of a
+            recipe, or a size out of range.
     """
 
     views: list[dict[str, Any]]
@@ -70,10 +70,8 @@ class Augment(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.views) < 2:
-            raise ValueError(
-                f"views={self.views}: a pair needs two views or more; [{{}}, {{}}] makes two of one recipe"
-            )
+        if not self.views:
+            raise ValueError("views=[]: give one or more; [{}] makes one by the recipe")
         for changes in self.views:
             if unknown := set(changes) - set(RANGES):
                 raise ValueError(f"views: {min(unknown)} is not part of a recipe; it has {', '.join(RANGES)}")
@@ -258,7 +256,7 @@ class Augment(Recipe):
 
     def _colour(self, x: Tensor, draws: Draws, rows: slice) -> Tensor:
         operations: list[Callable[[Tensor, Tensor], Tensor]] = [adjust_brightness, adjust_contrast]
-        if x.shape[1] == 3:  # on a grey image the others are the identity, as in torchvision
+        if x.shape[1] == 3:
             operations += [adjust_saturation, adjust_hue]
         for position in range(4):
             for kind, operation in enumerate(operations):

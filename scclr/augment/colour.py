@@ -1,7 +1,10 @@
 """Colour jitter and grayscale: torchvision's operations one by one, or all of them as one linear map per view; and
 images for an encoder of another number of channels.
 
-Dimensions: R views, C channels (1 or 3).
+Saturation, hue and grayscale are operations on RGB. They leave images of another number of channels as they are, as
+torchvision's leave grey ones. Contrast blends such images with the mean of their channels.
+
+Dimensions: R views, C channels.
 """
 
 import math
@@ -11,10 +14,15 @@ from torch import Tensor
 
 from scclr.augment.draws import Draws
 
-LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
+LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale, of colour images
 HUE = 3  # the kind of operation that a shift of the hue is in ``Draws.jitter_order``
 PLACES = (0, 1, 2, 1, 2, 3)  # in a view's order, of the blends before the shift of the hue, and of those after it
 BLENDS = len(PLACES) + 1  # the last one is grayscale
+
+
+def luma_of(channels: int) -> Tensor:
+    """The weights of the channels in the luma, [C]."""
+    return torch.tensor(LUMA if channels == len(LUMA) else (1 / channels,) * channels)
 
 
 def colour_maps(draws: Draws, channels: int) -> Tensor:
@@ -30,19 +38,21 @@ def colour_maps(draws: Draws, channels: int) -> Tensor:
     Returns:
         M and P side by side, [R, C, 2 C], on the CPU.
     """
-    eye, luma = torch.eye(channels), torch.tensor(LUMA if channels == 3 else (1.0,)).expand(channels, -1)
+    eye, luma = torch.eye(channels), luma_of(channels).expand(channels, -1)
     factors = torch.where(draws.jittered.unsqueeze(1), draws.jitter_factors, torch.tensor([1.0, 1.0, 1.0, 0.0]))
     bright, contrast, saturation, shift = factors.view(-1, 4, 1, 1, 1).unbind(1)  # [R, 1, 1, 1]
     kinds = torch.empty(len(factors), 4, 2, channels, channels)  # what each does to a pixel and to the mean pixel
     kinds[:, 0], kinds[:, 1, :1] = bright * eye, contrast * eye
     kinds[:, 1, 1:] = torch.lerp(luma, eye, contrast)  # a pixel is blended with the mean pixel's luma
     kinds[:, 2:] = eye
-    if channels == 3:  # on a grey image these two are the identity, as in torchvision
+    if channels == 3:
         kinds[:, 2], kinds[:, 3] = torch.lerp(luma, eye, saturation), hue_turns(shift)
     in_order = kinds[torch.arange(len(factors)).unsqueeze(1), draws.jitter_order]
     first, second, third, fourth = in_order.unbind(1)  # [R, 2, C, C]
     maps = fourth @ third @ (second @ first)
-    pixel, mean = torch.where(draws.grey.view(-1, 1, 1, 1), luma @ maps, maps).unbind(1)
+    if channels == 3:
+        maps = torch.where(draws.grey.view(-1, 1, 1, 1), luma @ maps, maps)
+    pixel, mean = maps.unbind(1)
     return torch.cat([pixel, mean - pixel], 2)
 
 
@@ -75,13 +85,13 @@ def colour_steps(draws: Draws, channels: int) -> Tensor:
     hue_at = (order == HUE).int().argmax(1, keepdim=True)  # [R, 1]
     kinds = order[:, places]  # [R, 6]
     active = draws.jittered.unsqueeze(1) & torch.cat([places[:3] < hue_at, places[3:] > hue_at], 1)
-    if channels == 1:  # on a grey image saturation is the identity, as in torchvision
-        active &= kinds != 2
+    grey = draws.grey.unsqueeze(1)
+    if channels != 3:
+        active, grey = active & (kinds != 2), torch.zeros_like(grey)
     factors = torch.where(active, draws.jitter_factors.gather(1, kinds), 1.0)
     kinds = torch.cat([kinds, torch.full_like(hue_at, 2)], 1)  # grayscale is a saturation of 0
-    factors = torch.cat([factors, 1 - draws.grey.unsqueeze(1).float()], 1)
-    luma = torch.tensor(LUMA if channels == 3 else (1.0,))
-    weights = (kinds != 0).unsqueeze(2) * luma  # [R, 7, C]
+    factors = torch.cat([factors, 1 - grey.float()], 1)
+    weights = (kinds != 0).unsqueeze(2) * luma_of(channels)  # [R, 7, C]
     blends = torch.cat([weights, (kinds == 2).unsqueeze(2), factors.unsqueeze(2)], 2)
     hue = 6 * draws.jitter_factors[:, HUE:]
     offsets = torch.tensor([5.0, 3.0, 1.0]).expand(len(hue), -1)
@@ -116,9 +126,9 @@ def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def to_grey(x: Tensor) -> Tensor:
-    """Luma [R, 1, H, W] of float colour images [R, 3, H, W]; grey images stay as they are."""
-    if x.shape[1] == 1:
-        return x
+    """Luma [R, 1, H, W] of float images [R, C, H, W]; the mean of their channels if there are not three."""
+    if x.shape[1] != 3:
+        return x.mean(1, keepdim=True) if x.shape[1] > 1 else x
     red, green, blue = x.split(1, dim=1)
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 

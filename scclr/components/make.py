@@ -64,8 +64,10 @@ def make_evaluated(config: TrainConfig) -> Source | None:
 
 
 def make_augment(config: TrainConfig) -> Augment:
-    """The augmentation."""
+    """The augmentation, which makes pairs."""
     augment: Augment = make("augment", config.augment)
+    pairs = f"augment.views={augment.views}: a pair needs two views or more; [{{}}, {{}}] makes two of one recipe"
+    require(len(augment.views) > 1, pairs)
     return augment
 
 
@@ -138,7 +140,7 @@ def try_encoder(config: TrainConfig, model: Model, sides: Iterable[int]) -> None
 
 
 def check_channels(config: TrainConfig, model: Model, trained: int, evaluated: int) -> None:
-    """Refuse images whose number of channels the encoder or the augmentation cannot take.
+    """Refuse images whose number of channels the encoder cannot take.
 
     Args:
         trained: channels of the images to train on.
@@ -148,8 +150,6 @@ def check_channels(config: TrainConfig, model: Model, trained: int, evaluated: i
     takes = model.channels
     whose = "the encoder" if config.init_from is None else f"init_from={config.init_from}"
     trains = bool({"pretrain", "theory"}.intersection(config.stages))
-    plain = not trains or trained in (1, 3)
-    require(plain, f"augmentations are of images with 1 or 3 channels, and these have {trained}: type stages=[probe]")
     advice = "; type init_mean and init_std with a number for each" if has_foreign_weights(config) else ""
     for count, convertible in ((trained, not trains), (evaluated, True)):
         fits = count == takes or (convertible and {count, takes} == {1, 3})

@@ -3,6 +3,8 @@
 import difflib
 import math
 from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
 
 
 class UserError(Exception):
@@ -37,6 +39,18 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """``"; did you mean X?"`` if a choice is close to ``word``, else an empty string."""
     close = difflib.get_close_matches(word, list(choices), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def optional_library(name: str, user: str) -> Any:
+    """The library ``name``, which an extra of the same name installs, for the part of scclr that ``user`` names.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{user} needs the library {name}: pip install 'scclr[{name}]'") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -15,13 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scclr.config.errors import UserError, did_you_mean, one_line, require
+from scclr.config.errors import UserError, did_you_mean, one_line, optional_library, require
 from scclr.datasets import ImageSet, Parts, Source
 from scclr.datasets.decode import UNREADABLE, center_crop
 from scclr.datasets.files import Block, Boxes, OnDisk, Problem
 from scclr.datasets.imagefolder import check_sizes, default_workers, read_all
 
-INSTALL = "dataset=huggingface needs the library datasets: pip install 'scclr[datasets]'"
 ADVICE = "give dataset.root=<a folder of save_to_disk or of .parquet files, or a name in the library's cache>"
 SAVED = ("dataset_dict.json", "dataset_info.json")  # of save_to_disk
 AT_ONCE = 1000  # rows
@@ -104,7 +103,7 @@ class HuggingFace(Source):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sizes(self.image_size, self.resize, self.workers)
-        find_datasets()
+        library()
 
     def read(self) -> Parts:
         tables = self._tables()
@@ -178,8 +177,9 @@ class HuggingFace(Source):
             require(known, f"dataset.{key}={column}: {self.root} has no such column; {there}")
         require(len(table) > 0, f"{self.root}: a split has no rows; {ADVICE}")
         feature = features[self.images]
-        if isinstance(feature, find_datasets().Image):
-            return table.cast_column(self.images, find_datasets().Image(decode=False))
+        kind = library().Image
+        if isinstance(feature, kind):
+            return table.cast_column(self.images, kind(decode=False))
         encoded = isinstance(feature, Mapping) and {"bytes", "path"} <= feature.keys()
         encoded |= getattr(feature, "dtype", "") in ("binary", "large_binary")
         message = f"dataset.images={self.images}: this column of {self.root} has no image files"
@@ -202,13 +202,13 @@ class HuggingFace(Source):
 
     def _open(self) -> Mapping[str, Any]:
         """The tables of all splits."""
-        library, root = find_datasets(), Path(self.root)
-        with _quiet(library):
+        datasets, root = library(), Path(self.root)
+        with _quiet(datasets):
             try:
                 if any((root / name).is_file() for name in SAVED):
-                    found = library.load_from_disk(str(root))
+                    found = datasets.load_from_disk(str(root))
                 elif files := self._parquet(root):
-                    found = library.load_dataset("parquet", data_files=files)
+                    found = datasets.load_dataset("parquet", data_files=files)
                 else:
                     require(not root.exists(), f"{root}: no data set of save_to_disk and no .parquet files; {ADVICE}")
                     cache = import_module("datasets.packaged_modules.cache.cache").Cache
@@ -231,16 +231,13 @@ class HuggingFace(Source):
         return dict(files)
 
 
-def find_datasets() -> Any:
+def library() -> Any:
     """The library ``datasets``.
 
     Raises:
         ValueError: it is not installed.
     """
-    try:
-        return import_module("datasets")
-    except ImportError as error:
-        raise ValueError(INSTALL) from error
+    return optional_library("datasets", "dataset=huggingface")
 
 
 def _field(column: Any, name: str) -> Any:
@@ -252,9 +249,9 @@ def _field(column: Any, name: str) -> Any:
 
 
 @contextmanager
-def _quiet(library: Any) -> Iterator[None]:
+def _quiet(datasets: Any) -> Iterator[None]:
     """No messages and progress bars of the library."""
-    log, bars = library.utils.logging, library.utils
+    log, bars = datasets.utils.logging, datasets.utils
     before, shown = log.get_verbosity(), bars.is_progress_bar_enabled()
     log.set_verbosity_error()
     bars.disable_progress_bars()

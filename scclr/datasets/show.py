@@ -59,8 +59,11 @@ def examples(data: ImageSet) -> ImageSet:
 
 
 def scaled(picture: Tensor) -> Image.Image:
-    """A picture uint8 [C, H, W] at about ``PICTURE_SIDE``: small pixels become squares, large images are shrunk."""
-    image = to_pil_image(picture.cpu()).convert("RGB")
+    """A picture uint8 [C, H, W] at about ``PICTURE_SIDE``: small pixels become squares, large images are shrunk.
+
+    Of images with other numbers of channels than 1 and 3, the first one is drawn.
+    """
+    image = to_pil_image(picture.cpu() if len(picture) == 3 else picture[:1].cpu()).convert("RGB")
     scale = PICTURE_SIDE / max(image.size)
     if scale >= 1:
         return image.resize((image.width * int(scale), image.height * int(scale)), Image.Resampling.NEAREST)

@@ -2,16 +2,13 @@
 
 import inspect
 import warnings
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scclr.config.errors import did_you_mean, one_line
+from scclr.config.errors import did_you_mean, one_line, optional_library
 from scclr.encoders.weights import IMAGENET
-
-INSTALL = "encoder=timm needs the library timm: pip install 'scclr[timm]'"
 
 
 class Timm(nn.Module):
@@ -39,7 +36,7 @@ class Timm(nn.Module):
         img_size: int | None = None,
     ) -> None:
         super().__init__()
-        library = find_timm()
+        library = optional_library("timm", "encoder=timm")
         check_name(library, name)
         for key, value in (("patch_size", patch_size), ("img_size", img_size)):
             if value is not None and not 1 <= value <= 10_000:
@@ -71,20 +68,12 @@ class Timm(nn.Module):
             raise ValueError("its output is no vector for each image")
         return h.shape[1]
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that do not decay besides biases and norms, as timm has them."""
+        return {f"network.{name}" for name in getattr(self.network, "no_weight_decay", set)()}
+
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)  # [B, feature_dim]
-
-
-def find_timm() -> Any:
-    """The library.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        return import_module("timm")
-    except ImportError as error:
-        raise ValueError(INSTALL) from error
 
 
 def check_name(library: Any, name: str) -> None:

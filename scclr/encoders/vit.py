@@ -44,5 +44,9 @@ class ViT(nn.Module):
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
             self.network.conv_proj = conv
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that do not decay besides biases and norms: class token and positions, as in timm."""
+        return {"network.class_token", "network.encoder.pos_embedding"}
+
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)  # [B, dim]

@@ -46,15 +46,18 @@ def set_lr(optimizer: Optimizer, factor: float) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, peak_lr: float) -> list[dict[str, Any]]:
-    """Weights, and apart from them biases and norm parameters (everything below two dimensions), which do not decay.
+    """Weights, and apart from them what does not decay: biases and norm parameters, which are everything below two
+    dimensions, and what ``model.encoder.no_weight_decay()`` names, such as a transformer's class token and positions.
 
     Raises:
         ValueError: a negative weight decay.
     """
     if weight_decay < 0:
         raise ValueError(f"weight_decay={weight_decay}: give 0 or more")
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    named: set[str] = getattr(getattr(model, "encoder", None), "no_weight_decay", set)()
+    kept = {f"encoder.{name}" for name in named}
+    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and name not in kept]
+    others = [p for name, p in model.named_parameters() if p.ndim <= 1 or name in kept]
     return [
         {"name": "weights", "params": weights, "weight_decay": weight_decay, "peak_lr": peak_lr, "lr": peak_lr},
         {"name": "biases and norms", "params": others, "weight_decay": 0.0, "peak_lr": peak_lr, "lr": peak_lr},
