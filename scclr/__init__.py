@@ -6,7 +6,7 @@
 In the order in which data flows, from a command line to ``result.json``:
 
     cli          the command line, its help and its exit codes
-    api          runs from Python
+    api          runs from Python, their encoders for other programs, and their evaluation anew
     config       the configuration: schema, composition, identity of a run, construction of components
     train        the stages of a run in order; components builds what they need
     datasets     images and labels, their splits, and what each training step reads
@@ -56,6 +56,8 @@ def train(*words: str) -> "Run":
 def load(directory: str | Path, trust: Iterable[str] = ()) -> "Run":
     """The finished run in a run folder, with its ``config``, ``metrics``, ``model``, ``encoder`` and ``features``.
 
+    ``evaluations`` is what ``scclr evaluate`` has added to it.
+
     Args:
         trust: packages outside scclr whose components the run may be made of. To build them runs their code.
 
@@ -71,7 +73,9 @@ def results(directory: str | Path) -> list[dict[str, Any]]:
     """One flat dict for each finished run below a folder: ``pandas.DataFrame(scclr.results("runs"))``.
 
     It has the folder, the loss, every key of the configuration (``alpha``, ``seed``, ``loss.temperature``), the
-    metrics (``probe/logreg/top1``, as fractions), and the seconds of each stage.
+    metrics (``logreg-v1/top1``, as fractions), those that ``scclr evaluate`` has added (``mnist/knn-v1/top1``), and the
+    seconds of each stage. Where a protocol was evaluated on a dataset with several options, the names of these have a
+    hash of the options: ``mnist-1a2b3c4d/knn-v1/top1``.
 
     Raises:
         UserError: there are none, or a file about one is damaged.

@@ -6,7 +6,7 @@ Every process of a run walks through the stages in the same way; only the main o
 import hashlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -23,10 +23,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import scclr
 from scclr.components import (
     load_splits,
+    load_transfers,
     make_augment,
     make_loss,
     make_models,
     make_optimizer,
+    make_protocols,
     pick_device,
     prepare,
 )
@@ -38,14 +40,17 @@ from scclr.datasets import Splits
 from scclr.datasets.loader import batch_indices
 from scclr.datasets.show import sheet
 from scclr.encoders.model import Model
-from scclr.evaluate.probe import evaluate, knn_accuracy
+from scclr.encoders.weights import has_foreign_weights
+from scclr.evaluate.probe import evaluate_each, knn_accuracy
+from scclr.evaluate.quality import Quality, measure_quality
 from scclr.pretrain.loop import precision_dtype, pretrain
+from scclr.pretrain.online import OnlineProbe
 from scclr.pretrain.optim import anneal, describe
 from scclr.pretrain.state import NotFiniteError, TrainState
 from scclr.run import distributed, machine, torchrun
 from scclr.run.checkpoint import Checkpoints, resume
-from scclr.run.files import storage_error
-from scclr.run.launch import launch
+from scclr.run.files import write_arrays
+from scclr.run.launch import launch, working
 from scclr.run.lock import HeldError, run_lock
 from scclr.run.output import survive_closed_output
 from scclr.run.preemption import CheckpointSchedule, Stop
@@ -59,7 +64,7 @@ PARTS_CAVEAT = (
     "with pretrain.micro_batch, batch normalization uses the statistics of parts of the batch; "
     "the gradient is otherwise that of the whole batch"
 )
-SMALLER_KNN = "type a smaller probe.batch_size or pretrain.knn_images"
+SMALLER_EVALUATION = "type a smaller probe.batch_size or pretrain.knn_images, or pretrain.quality_every=0"
 FREE_MEMORY = "end what else uses this memory, or type the same command where there is more"
 
 
@@ -111,14 +116,8 @@ def work(job: tuple[TrainConfig, RunIdentity]) -> None:
         SystemExit: a signal asked the run to stop; the last finished step is in a checkpoint.
     """
     config, identity = job
-    machine.keep_freed_memory()
-    try:
-        with Stop() as stop, distributed.process_group(pick_device(config.device)) as device:
-            repeatable = device.type == "cpu" if config.deterministic is None else config.deterministic
-            with machine.deterministic_kernels(repeatable):
-                run_stages(config, identity, device, stop)
-    except OSError as error:
-        raise storage_error(error) or error from error
+    with working(pick_device(config.device), config.deterministic) as (device, stop):
+        run_stages(config, identity, device, stop)
 
 
 def run_stages(config: TrainConfig, identity: RunIdentity, device: torch.device, stop: Stop) -> None:
@@ -126,7 +125,8 @@ def run_stages(config: TrainConfig, identity: RunIdentity, device: torch.device,
     clock, directory = Clock(), identity.directory
     torch.manual_seed(config.seed)
     splits, evaluated = load_splits(config)
-    model, untrained = make_models(config, splits, evaluated)
+    transfers = load_transfers(config)
+    model, untrained = make_models(config, splits, evaluated, *transfers.values())
     model, untrained, here = model.to(device), untrained.to(device), splits.to(device)
     splits, evaluated = here, here if evaluated is splits else evaluated.to(device)
 
@@ -134,8 +134,7 @@ def run_stages(config: TrainConfig, identity: RunIdentity, device: torch.device,
         resumed = resume(directory) if "pretrain" in config.stages else None
         if resumed is not None:
             refuse_other(config, resumed["config"], directory)
-        result: dict[str, Any] = {"run": directory.name, "group": identity.group, "metrics": {}}
-        result |= {"sources": {}}  # of components that are not scclr's own, by group
+        result: dict[str, Any] = {"run": directory.name, "group": identity.group, "sources": {}}  # that are not scclr's
         with open_log(config, identity, start=resumed["step"] if resumed else 0) as log:
             log.text("config.yaml", OmegaConf.to_yaml(asdict(config)))
             for group, path in sources(config).items():
@@ -148,17 +147,27 @@ def run_stages(config: TrainConfig, identity: RunIdentity, device: torch.device,
                 log.picture("views", lambda: sheet(splits, augment, seed=config.seed))
                 start = untrained if config.init_from is None else model
                 result["forecast"] = forecast_stage(config, start, splits, log if resumed is None else Log())
-                clock.seconds["pretrain"] = pretrain_stage(
+                clock.seconds["pretrain"], result["warnings"] = pretrain_stage(
                     config, model, splits, evaluated, resumed, directory, stop, log
                 )
+            with clock.timing("quality"), evaluating(config, directory, "probe.batch_size"):
+                quality = quality_of(config, model, splits)
+                log.json("spectrum.json", quality.spectrum)
+                result["metrics"] = quality.metrics
             if "probe" in config.stages:
                 with clock.timing("probe"), evaluating(config, directory, "probe.batch_size"):
-                    log.say("probe: encoder, untrained encoder, raw pixels")
-                    result |= evaluate(model, untrained, evaluated, config.probe)
+                    protocols = make_protocols(config)
+                    log.say(f"probe: {', '.join(protocols)} on encoder, untrained encoder, raw pixels")
+                    data = {"": evaluated, **transfers}
+                    found = evaluate_each(model, untrained, data, protocols, config.probe, config.seed)
+                    confusion = found.pop("confusion")
+                    if distributed.is_main():
+                        write_arrays(directory / "confusion.npz", confusion)
+                    result |= found | {"metrics": result["metrics"] | found["metrics"]}
             if "theory" in config.stages:
                 with clock.timing("theory"), evaluating(config, directory, "theory.images"):
                     measured = theory_stage(config, model, splits, log)
-                result["metrics"] = {**result["metrics"], **headline(measured)}
+                result["metrics"] |= headline(measured)
             log.summary(result["metrics"])
         result["oracle"] = make_loss(config, len(splits.classes)).supervised  # the loss has read labels
         result |= {"last": log.latest, "seconds": clock.all(resumed["seconds"] if resumed else 0.0)}
@@ -173,7 +182,8 @@ def evaluating(config: TrainConfig, directory: Path, key: str) -> Iterator[None]
     part, name = key.split(".")
     smaller = f"{key}={max(1, getattr(getattr(config, part), name) // 4)}"
     if "pretrain" in config.stages:
-        again = f"scclr train stages=[{','.join(config.stages[1:])}] {shlex.quote(f'init_from={directory}')}"
+        stages = ",".join(config.stages[1:] or ["probe"])
+        again = f"scclr train stages=[{stages}] {shlex.quote(f'init_from={directory}')}"
         smaller = f"{again} {smaller} and the dataset's keys, which keeps the pretraining"
     on_cpu = "; or type the same command with device=cpu" if pick_device(config.device).type == "cuda" else ""
     with machine.pinned_arithmetic(), machine.if_memory_lacks(f"type {smaller}{on_cpu}"):
@@ -203,12 +213,15 @@ def pretrain_stage(
     directory: Path,
     stop: Stop,
     log: Log,
-) -> float:
-    """Pretrain ``model`` in place, from the checkpoint ``resumed`` if there is one; returns its seconds so far."""
+) -> tuple[float, list[str]]:
+    """Pretrain ``model`` in place, from the checkpoint ``resumed`` if there is one; returns its seconds so far, and a
+    sentence for each thing that looked wrong."""
     options, device = config.pretrain, splits.train.labels.device
     optimizer = make_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=precision_dtype(device, options.precision) == torch.float16)
     state = TrainState(model, make_loss(config, len(splits.classes)).to(device), optimizer, scaler)
+    if options.online_probe:
+        state.online = OnlineProbe(model.width("h"), len(splits.classes), device, config.seed)
     if resumed is not None:
         state.load_state_dict(resumed)
     log.say(describe(optimizer))
@@ -220,45 +233,44 @@ def pretrain_stage(
     described = {"image_size": splits.train.images.shape[-1], "config": asdict(config)}
     checkpoints = Checkpoints(directory, schedule, described, resumed["seconds"] if resumed else 0.0)
     log.progress(state.step, total, options.epochs)
-    knn = partial(knn_accuracy, model, evaluated, config.probe, options.knn_images)
-    validate = machine.if_memory_lacks(SMALLER_KNN)(machine.pinned_arithmetic()(knn))
+    knn = partial(knn_accuracy, model, evaluated, options, config.probe.batch_size)
+    validate = machine.if_memory_lacks(SMALLER_EVALUATION)(machine.pinned_arithmetic()(knn))
+    quality = partial(quality_of, config, model, splits)
+    measured = machine.if_memory_lacks(SMALLER_EVALUATION)(machine.pinned_arithmetic()(quality))
+    alpha = None  # is constant
+    if config.alpha is not None and config.alpha_end is not None:
+        alpha = partial(anneal, config.alpha_schedule, config.alpha, config.alpha_end)
     try:
         with stop.deferred():
             pretrain(
                 state, splits.pretrain, make_augment(config), options,
-                seed=config.seed, alpha=alpha_schedule(config), checkpoints=checkpoints, log=log,
-                validate=validate,
+                seed=config.seed, alpha=alpha, checkpoints=checkpoints, log=log,
+                validate=validate, measure=measured,
             )  # fmt: skip
     except NotFiniteError as error:
         indices = batch_indices(config.seed, error.step, len(splits.pretrain), options.batch_size)
         checkpoints.write({**state.weights(), "step": error.step, "window": {"indices": indices}}, "crash.pt")
         raise
     log.end_progress()
-    return checkpoints.seconds
+    return checkpoints.seconds, list(state.watch.said.values())
 
 
-def alpha_schedule(config: TrainConfig) -> Callable[[float], float] | None:
-    """The balance as a function of the share of the training; None if it is constant."""
-    if config.alpha is None or config.alpha_end is None:
-        return None
-    return partial(anneal, config.alpha_schedule, config.alpha, config.alpha_end)
+def quality_of(config: TrainConfig, model: Model, splits: Splits) -> Quality:
+    """The quality of ``model`` without labels. Of weights from elsewhere, which have no projector, that of h alone."""
+    layers = ["h"] if has_foreign_weights(config) and "pretrain" not in config.stages else ["h", "z"]
+    batch = config.probe.batch_size
+    return measure_quality(model, splits.pretrain, make_augment(config), batch, seed=config.seed, layers=layers)
 
 
 def theory_stage(config: TrainConfig, model: Model, splits: Splits, log: Log) -> dict[str, Any]:
     """What ``theory.json`` holds: measured on training images, under the run's augmentation."""
     log.say("theory: bias, bounds and thresholds")
     measured = measure(
-        model,
-        splits.train,
-        make_augment(config),
-        config.theory,
-        alpha=config.last_alpha,
-        temperature=config.loss.get("temperature"),
+        model, splits.train, make_augment(config), config.theory,
+        alpha=config.last_alpha, temperature=config.loss.get("temperature"),
         form=make_loss(config, len(splits.classes)).logsumexp_form(),
-        images=config.pretrain.batch_size,
-        batch=config.probe.batch_size,
-        seed=config.seed,
-    )
+        images=config.pretrain.batch_size, batch=config.probe.batch_size, seed=config.seed,
+    )  # fmt: skip
     log.json("theory.json", measured)
     log.show(table(measured))
     return measured

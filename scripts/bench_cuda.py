@@ -1,6 +1,6 @@
 """What a GPU makes of a pretraining step and of its parts, beside other libraries and beside its own peak.
 
-    python scripts/bench_cuda.py [--only steps,pairs,views,probe] [--out FILE] [--seconds 240] [--probe-images N]
+    python scripts/bench_cuda.py [--only steps,pairs,views,probe] [--batch-sizes 512] [--out FILE] [--seconds 240]
     python scripts/bench_cuda.py --device cpu --small          every part in small, in seconds
 
 steps: pairs per second of ResNet-18 on 32 x 32 pixels, colours one by one or as one linear map, eager and compiled,
@@ -30,12 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from scclr.components import make_augment, make_loss, make_model, make_optimizer
+from scclr.components import make_augment, make_loss, make_model, make_optimizer, make_protocols
 from scclr.config.compose import parse, plan
 from scclr.config.schema import TrainConfig
 from scclr.datasets import ImageSet, Splits
 from scclr.datasets.loader import Batch
 from scclr.evaluate.probe import probe
+from scclr.evaluate.protocol import Features
 from scclr.losses.ntxent import NTXentLoss
 from scclr.pretrain.loop import precision_dtype, train_step
 from scclr.pretrain.state import TrainState
@@ -53,7 +54,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.device, self.small, self.seconds = torch.device(options.device), options.small, options.seconds
         self.cuda, self.out, self.rows = self.device.type == "cuda", options.out, list[dict[str, Any]]()
-        self.probe_images, self.notes = options.probe_images, list[str]()
+        self.probe_images, self.batch_sizes, self.notes = options.probe_images, options.batch_sizes, list[str]()
         self.peaks: dict[str, float] = {}
 
     def note(self, text: str) -> None:
@@ -142,7 +143,7 @@ def compose(*words: str) -> TrainConfig:
 
 
 def steps(bench: Bench) -> None:
-    for batch_size in (8,) if bench.small else (128, 256, 512, 1024, 2048):
+    for batch_size in (8,) if bench.small else bench.batch_sizes:
         if bench.late(f"steps at batch {batch_size}"):
             return
         try:
@@ -336,8 +337,8 @@ def evaluation(bench: Bench) -> None:
         features.append((x, y))
         sets.append(ImageSet(torch.empty(size, 0), y))  # no pixels
     splits = Splits(sets[0], *sets, tuple(map(str, range(classes))), (0.5,), (0.25,))
-    options = compose("probe.l2=[0.001,0.01,0.1]").probe
-    found = bench.time(lambda: probe(*features, splits, options), n=1, warm=0)
+    protocols = make_protocols(compose("probe.protocols.logreg.l2=[0.001,0.01,0.1]"))
+    found = bench.time(lambda: probe(Features(*features, splits), protocols), n=1, warm=0)
     own = sum(x.numel() * 4 for x, _ in features)
     times = None if found["extra_bytes"] is None else found["extra_bytes"] / own
     bench.row("probe", "scclr", found, images=n, width=width, classes=classes, extra_of_features=times)
@@ -351,6 +352,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="small sizes: whether it works, not how fast")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048], help="of the steps")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after so long")
     parser.add_argument("--probe-images", type=int, default=1_281_167)

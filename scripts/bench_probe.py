@@ -2,6 +2,8 @@
 
     python scripts/bench_probe.py [ROUNDS]      by default 3; Fashion-MNIST's pixels are measured in one of them
     python scripts/bench_probe.py --memory      the whole probe on 200,000 x 2,048 random features, and its memory
+    python scripts/bench_probe.py --knn         kNN of 10,000 queries among 60,000 x 128, beside scikit-learn's
+    python scripts/bench_probe.py --protocols   every protocol that trains nothing, on 60,000 x 256, split as a dataset
 
 Every measurement runs in its own process on 2 threads, and each round measures all contenders. All follow the path from
 the strongest penalty on, and each fit starts from the one before. scclr is given features in float32 as they are, and
@@ -29,10 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scclr.config.schema import ProbeConfig
+from scclr.components import make_protocols
+from scclr.config.compose import parse, plan
 from scclr.datasets import ImageSet, Splits
+from scclr.evaluate.knn import knn_predict
 from scclr.evaluate.logreg import Objective, accuracy, fit_logreg, predict
 from scclr.evaluate.probe import probe
+from scclr.evaluate.protocol import Features
 
 STRENGTHS, CLASSES, ROUNDS, THREADS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5), 10, 3, 2
 LIMIT = 5000  # iterations of a fit; no contender reaches it
@@ -128,6 +133,67 @@ def compare(problem: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def as_features(parts: list[tuple[Tensor, Tensor]]) -> Features:
+    """Features of images without pixels."""
+    sets = [ImageSet(torch.empty(len(y), 1, 1, 1, dtype=torch.uint8), y) for _, y in parts]
+    return Features(*parts, Splits(sets[0], *sets, tuple("0123456789"), (0.5,), (0.5,)))
+
+
+def chosen(*options: str, names: str = "logreg,knn") -> dict[str, Any]:
+    """The protocols with these options, as a run has them."""
+    words = [f"probe.protocols=[{names}]", *(f"probe.protocols.{option}" for option in options)]
+    return make_protocols(plan(parse(words)).points[0].config)
+
+
+def around(n: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Features around a centre for each class, which overlap in part."""
+    draw = torch.Generator().manual_seed(seed)
+    centres = 0.3 * torch.randn(CLASSES, width, generator=torch.Generator().manual_seed(0))
+    y = torch.randint(0, CLASSES, (n,), generator=draw)
+    return centres[y] + torch.randn(n, width, generator=draw), y
+
+
+def neighbours(rounds: int) -> None:
+    """Print the seconds of kNN and of scikit-learn's two brute forces; medians of ``rounds``."""
+    import numpy as np
+    from sklearn.neighbors import KNeighborsClassifier
+    from threadpoolctl import threadpool_limits
+
+    torch.set_num_threads(THREADS)
+    bank, (x, _) = around(60_000, 128, 1), around(10_000, 128, 2)
+    unit, queries = (torch.nn.functional.normalize(rows, dim=1).numpy() for rows in (bank[0], x))
+    seconds: dict[str, list[float]] = {}
+    for k in (20, 200):
+        for _ in range(rounds):
+            start = time.perf_counter()
+            ours = knn_predict([bank], x, CLASSES, k=k, temperature=0.1)
+            seconds.setdefault(f"k = {k}  scclr", []).append(time.perf_counter() - start)
+            for metric, scale in (("cosine", 0.1), ("euclidean", 0.2)):  # |a - b|^2 = 2 - 2 cosine
+
+                def weights(d: np.ndarray, squared: int = 1 + (metric == "euclidean"), by: float = scale) -> np.ndarray:
+                    return np.exp((d.min(1, keepdims=True) ** squared - d**squared) / by)
+
+                with threadpool_limits(THREADS):
+                    start = time.perf_counter()
+                    model = KNeighborsClassifier(k, metric=metric, algorithm="brute", weights=weights)
+                    theirs = model.fit(unit, bank[1].numpy()).predict(queries)
+                    seconds.setdefault(f"k = {k}  scikit-learn, {metric}", []).append(time.perf_counter() - start)
+                assert (ours.numpy() == theirs).mean() > 0.999
+    for name, values in seconds.items():
+        print(f"{name:<32} {statistics.median(values):6.2f} s")
+
+
+def protocols() -> None:
+    """Print the seconds of each protocol on 54,000, 6,000 and 10,000 features of width 256."""
+    torch.set_num_threads(THREADS)
+    features = as_features([around(n, 256, seed) for seed, n in enumerate((54_000, 6_000, 10_000))])
+    for name, protocol in chosen(names="logreg,knn,knn200,ncc,lowshot,clusters").items():
+        start = time.perf_counter()
+        outcome = protocol(features)
+        first = next(iter(outcome.metrics.items()))
+        print(f"{name:<10} {time.perf_counter() - start:6.1f} s  {first[0]} {first[1]:.4f}", flush=True)
+
+
 def peak() -> int:
     """Bytes that this process has had in memory at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -138,12 +204,10 @@ def memory() -> None:
     torch.set_num_threads(THREADS)
     counts, width = (180_000, 10_000, 10_000), 2048
     parts = [(torch.randn(n, width), torch.randint(0, CLASSES, (n,))) for n in counts]
-    sets = [ImageSet(torch.empty(len(y), 1, 1, 1, dtype=torch.uint8), y) for _, y in parts]
-    splits = Splits(sets[0], sets[0], sets[1], sets[2], tuple("0123456789"), (0.5,), (0.5,))
-    config = ProbeConfig(l2=[1e-3, 1e-2], max_iter=10, knn_k=20, knn_temperature=0.07, batch_size=512)
+    features, protocols = as_features(parts), chosen("logreg.l2=[1e-3,1e-2]", "logreg.max_iter=10")
     before, size = peak(), sum(x.numel() * x.element_size() for x, _ in parts)
     start = time.perf_counter()
-    probe(*parts, splits, config)
+    probe(features, protocols)
     print(
         f"features {size / 1e9:.2f} GB; peak {peak() / 1e9:.2f} GB, of which {before / 1e9:.2f} GB were there before; "
         f"added {(peak() - before) / size:.3f} of the features; {time.perf_counter() - start:.0f} s"
@@ -153,6 +217,12 @@ def memory() -> None:
 def main() -> None:
     if sys.argv[1:] == ["--memory"]:
         memory()
+        return
+    if sys.argv[1:] == ["--knn"]:
+        neighbours(ROUNDS)
+        return
+    if sys.argv[1:] == ["--protocols"]:
+        protocols()
         return
     if sys.argv[1:2] == ["--one"]:
         problem, name, limits = sys.argv[2:]

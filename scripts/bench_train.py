@@ -27,6 +27,7 @@ from scclr.components import make_loss, make_model, pick_device
 from scclr.config.build import build
 from scclr.config.compose import parse, plan
 from scclr.datasets import ImageSet
+from scclr.evaluate.quality import Quality
 from scclr.pretrain.loop import precision_dtype, pretrain
 from scclr.pretrain.state import TrainState
 from scclr.run.checkpoint import Checkpoints
@@ -112,6 +113,7 @@ def compare(name: str, size: int | None, overrides: list[str]) -> list[dict[str,
         pretrain(
             state, data, augment, options,
             seed=0, alpha=None, checkpoints=checkpoints, log=Log(), validate=lambda: 0.0,
+            measure=lambda: Quality({}, {}),
         )  # fmt: skip
 
     from lightly.loss import NTXentLoss

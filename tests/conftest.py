@@ -34,8 +34,8 @@ TINY = [
     "pretrain.warmup=0.5",
     "pretrain.log_every=2",
     "pretrain.knn_every=1",
-    "probe.l2=[0.01,0.1]",
-    "probe.max_iter=20",
+    "probe.protocols.logreg.l2=[0.01,0.1]",
+    "probe.protocols.logreg.max_iter=20",
 ]
 
 

@@ -25,6 +25,7 @@ from scclr.augment import Augment
 from scclr.components import make_augment, make_loss, make_model, make_optimizer
 from scclr.config.schema import TrainConfig
 from scclr.datasets import ImageSet
+from scclr.evaluate.quality import Quality
 from scclr.pretrain.loop import precision_dtype, pretrain
 from scclr.pretrain.state import TrainState
 from scclr.run.checkpoint import Checkpoints
@@ -42,7 +43,7 @@ MARKS = [
 WORDS = [  # a run of seconds: small images that need no download, and nothing to compile
     "dataset=digits", "dataset.limit=300", "augment=digits", "encoder=convnet", "encoder.widths=[8,16]",
     "projector.hidden_dim=32", "projector.out_dim=16", "pretrain.batch_size=64", "pretrain.log_every=2",
-    "pretrain.knn_every=0", "pretrain.compile=false", "probe.l2=[0.01,0.1]", "probe.max_iter=20",
+    "pretrain.knn_every=0", "pretrain.compile=false", "probe.protocols.logreg.l2=[0.01,0.1]", "probe.protocols.logreg.max_iter=20",
     f"device={DEVICE.type}",
 ]  # fmt: skip
 
@@ -138,6 +139,7 @@ def trained(steps: int, *words: str) -> list[dict[str, float]]:
     pretrain(
         state, coloured(steps * config.pretrain.batch_size), augment, config.pretrain,
         seed=0, alpha=None, checkpoints=Checkpoints(Path(), never, {}), log=log, validate=lambda: 0.0,
+        measure=lambda: Quality({}, {}),
     )  # fmt: skip
     return log.rows
 

@@ -38,7 +38,7 @@ def test_a_run_comes_back_as_it_is_loaded(run: "scclr.api.Run", folder: Path) ->
     again = scclr.load(directory)
     assert again.config == run.config
     assert again.metrics == run.metrics == result_of(directory)["metrics"]
-    assert encoder_hash(again.encoder) == result_of(directory)["encoder_sha256"]
+    assert encoder_hash(again.model.encoder) == result_of(directory)["encoder_sha256"]
     assert not again.model.training
     assert repr(again) == f"scclr.load({str(directory)!r})"
 
@@ -54,10 +54,22 @@ def test_features_are_those_of_the_evaluation(run: "scclr.api.Run") -> None:
             run.features(wrong)
 
 
+def test_the_encoder_normalizes_pixels_and_is_a_copy(run: "scclr.api.Run") -> None:
+    images = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    h, _ = run.model(images)
+    by_hand = run.model.encoder((images - run.model.mean) / run.model.std)
+    assert torch.equal(run.encoder(images), by_hand)
+    torch.testing.assert_close(run.encoder(images), h)
+    assert (run.encoder.feature_dim, run.image_size, run.encoder.training) == (16, 8, False)
+    torch.nn.init.zeros_(next(run.encoder.parameters()))
+    assert not torch.equal(run.encoder(images), h)
+    assert torch.equal(run.model(images)[0], h)
+
+
 def test_a_run_that_is_evaluated_has_the_weights_of_its_origin(run: "scclr.api.Run") -> None:
     probed = scclr.train("stages=[probe]", f"init_from={run.directory}", TINY[0], *TINY[-2:])
     assert probed.metrics == run.metrics
-    assert encoder_hash(probed.encoder) == encoder_hash(run.encoder)
+    assert encoder_hash(probed.model.encoder) == encoder_hash(run.model.encoder)
 
 
 def test_the_process_is_left_as_it_was(folder: Path) -> None:
@@ -110,7 +122,7 @@ def test_results_are_flat(run: "scclr.api.Run", folder: Path) -> None:
         ("BalancedLoss", 0.4, 0, "default"),
         ("NTXentLoss", None, 3, "other"),
     ]
-    assert rows[0]["probe/logreg/top1"] == run.metrics["probe/logreg/top1"]
+    assert rows[0]["logreg-v1/top1"] == run.metrics["logreg-v1/top1"]
     assert rows[0]["pretrain.batch_size"] == 64
     assert rows[0]["seconds.total"] > 0
     assert not any(isinstance(value, dict) for row in rows for value in row.values())
@@ -134,10 +146,15 @@ def test_mistakes_raise(words: list[str], message: str, folder: Path) -> None:
 
 
 def test_folders_without_a_finished_run_are_refused(folder: Path) -> None:
-    with pytest.raises(scclr.UserError, match=r"no result\.json"):
+    with pytest.raises(scclr.UserError, match=r"no result\.json.*give a folder such as"):
         scclr.load(folder)
     with pytest.raises(scclr.UserError, match="no finished runs"):
         scclr.results(folder)
+
+
+def test_a_run_folder_that_is_misspelt_is_named(run: "scclr.api.Run") -> None:
+    with pytest.raises(scclr.UserError, match=f"did you mean {run.directory}\\?"):
+        scclr.load(f"{run.directory}"[:-1])
 
 
 @pytest.mark.slow

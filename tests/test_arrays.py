@@ -238,7 +238,7 @@ def test_a_run(in_memory: str, scclr: Callable[..., int], folder: Path) -> None:
     save(folder / "data", images=PIXELS[:, 0], labels=LABELS)
     assert scclr("train", *RUN, "pretrain.batch_size=8", f"dataset.in_memory={in_memory}") == 0
     (run,) = run_folders(folder)
-    assert 0 <= result_of(run)["metrics"]["probe/logreg/top1"] <= 1
+    assert 0 <= result_of(run)["metrics"]["logreg-v1/top1"] <= 1
 
 
 def test_images_of_five_channels_are_trained_on_and_evaluated(
@@ -255,4 +255,4 @@ def test_images_of_five_channels_are_trained_on_and_evaluated(
     assert shapes in capsys.readouterr().err
     assert scclr("train", *words, *(word.replace("dataset.", "init_") for word in FIVE)) == 0
     (run,) = run_folders(folder)
-    assert 0 <= result_of(run)["metrics"]["probe/logreg/top1"] <= 1
+    assert 0 <= result_of(run)["metrics"]["logreg-v1/top1"] <= 1

@@ -15,7 +15,7 @@ from scclr.config import resolve as resolving
 from scclr.config.build import build
 from scclr.config.compose import conf_dir, parse, plan
 from scclr.config.errors import UserError
-from scclr.config.resolve import adopt, essence, identify
+from scclr.config.resolve import adopt, essence, identify, restore
 from scclr.config.schema import TrainConfig
 
 FILES = sorted(path for path in conf_dir().glob("*/*.yaml") if not path.stem.startswith("_"))
@@ -113,7 +113,14 @@ def test_the_same_configuration_has_the_same_folder() -> None:
         "loss.temperature=5e-1",
     ):
         assert folder_of(same) == base, same
-    for other in ("alpha=0.51", "seed=1", "pretrain.epochs=99", "dataset.limit=500", "augment=none", "probe.knn_k=5"):
+    for other in (
+        "alpha=0.51",
+        "seed=1",
+        "pretrain.epochs=99",
+        "dataset.limit=500",
+        "augment=none",
+        "pretrain.knn_k=5",
+    ):
         assert folder_of(other) != base, other
     assert folder_of(data="other images") != base
     group = identify(compose("seed=7"), "").group
@@ -126,11 +133,11 @@ def test_the_same_configuration_has_the_same_folder() -> None:
 # If one of these changes, every finished run is done again: a new key needs a default in the schema or in the
 # constructor's signature, and a default must never change.
 GOLDEN = {
-    "": "e52fc912",
-    "loss=ntxent loss.temperature=0.2 seed=3": "e7ad87e8",
-    "experiment=fashion_mnist_cpu alpha=0.4": "76764f09",
-    "experiment=cifar10_resnet18 optimizer=lars": "7dcc09c8",
-    "dataset=imagenet dataset.cache=there loss=supcon stages=[pretrain,probe,theory]": "b7b34187",
+    "": "af9aaef7",
+    "loss=ntxent loss.temperature=0.2 seed=3": "3dc395bc",
+    "experiment=fashion_mnist_cpu alpha=0.4": "7dd03db1",
+    "experiment=cifar10_resnet18 optimizer=lars": "8b71bfd2",
+    "dataset=imagenet dataset.cache=there loss=supcon stages=[pretrain,probe,theory]": "ac3a61be",
 }
 
 
@@ -190,6 +197,16 @@ def test_a_saved_configuration_is_plain_values(monkeypatch: pytest.MonkeyPatch) 
         adopt(compose("stages=[probe]", "init_from=x"), saved)
 
 
+def test_a_configuration_of_the_older_form_of_the_probe_is_read() -> None:
+    saved = asdict(compose("probe.batch_size=64"))
+    saved["probe"] = {"l2": [0.5], "max_iter": 9, "knn_k": 7, "knn_temperature": 0.2, "batch_size": 64, "dataset": None}
+    for key in ("knn_k", "knn_temperature"):
+        del saved["pretrain"][key]
+    words = ["logreg.l2=[0.5]", "logreg.max_iter=9", "knn.k=[7]", "knn.temperature=[0.2]"]
+    same = ["probe.batch_size=64", "pretrain.knn_k=7", "pretrain.knn_temperature=0.2"]
+    assert restore(saved, "run") == compose(*same, *(f"probe.protocols.{word}" for word in words))
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -202,12 +219,12 @@ def test_every_number_is_finite() -> None:
         return [key] if isinstance(node, float) else []
 
     found = {*floats(OmegaConf.to_container(OmegaConf.create(asdict(compose("dataset=cifar10_lt")))))}
-    assert {"optimizer.lr", "loss.temperature", "probe.knn_temperature"} <= found
+    assert {"optimizer.lr", "loss.temperature", "pretrain.knn_temperature"} <= found
     for key in {*found, "augment.rotation", "augment.blur", "dataset.imbalance", "alpha"} - {"loss.alpha"}:
         for value in ("nan", "inf"):
             with pytest.raises(UserError, match=rf"{key.split('.')[-1]}=|{key}"):
                 check(compose("dataset=cifar10_lt", f"{key}={value}"))
-    for words in ("probe.l2=[0.1,inf]", "theory.temperatures=[inf]", "augment.crop_scale=[0.1,nan]"):
+    for words in ("probe.protocols.logreg.l2=[0.1,inf]", "theory.temperatures=[inf]", "augment.crop_scale=[0.1,nan]"):
         with pytest.raises(UserError):
             check(compose(words))
 

@@ -38,9 +38,11 @@ from image_files import write_image, write_photographs
 from processes import children, ended, until
 from torch import Tensor
 
+from scclr.components import make_protocols
 from scclr.datasets import ImageSet, Splits
 from scclr.evaluate.knn import knn_predict
 from scclr.evaluate.probe import probe
+from scclr.evaluate.protocol import Features
 from scclr.run.checkpoint import load
 from scclr.theory.forecast import forecast_collapse
 
@@ -102,10 +104,10 @@ def same_bits(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("extra", [[], ["pretrain.precision=bf16", "augment.exact=true", "pretrain.micro_batch=48"]])
 def test_deterministic_runs_repeat_and_resume_bit_by_bit(tmp_path: Path, extra: list[str]) -> None:
-    words = [*WORDS, "encoder=resnet18", "deterministic=true", "pretrain.epochs=40", "checkpoint.every=5", *extra]
+    words = [*WORDS, "encoder=resnet18", "deterministic=true", "pretrain.epochs=20", "checkpoint.every=10", *extra]
     words = [word for word in words if not word.startswith(("encoder.widths", "encoder=convnet"))]
     if not CUDA:
-        words = [*WORDS, "deterministic=true", "pretrain.epochs=40", "checkpoint.every=5", *extra]
+        words = [*WORDS, "deterministic=true", "pretrain.epochs=20", "checkpoint.every=10", *extra]
     for runs in ("one", "two"):
         scclr(tmp_path, *words, f"runs={runs}")
     same_bits(run_of(tmp_path / "one"), run_of(tmp_path / "two"))
@@ -155,25 +157,28 @@ def features_as_splits(n: int, width: int, device: torch.device) -> tuple[list[t
 
 
 def test_the_probe_takes_little_memory_beside_the_features() -> None:
-    options = compose("probe.l2=[0.001,0.1,10]").probe
+    protocols = make_protocols(compose("probe.protocols.logreg.l2=[0.001,0.1,10]"))
     small, few = features_as_splits(1000, 32, DEVICE)
-    probe(*small, few, options)  # loads what a first call needs
+    probe(Features(*small, few), protocols)  # loads what a first call needs
     n, width = sized((200_000, 2048), (1000, 32))
     features, splits = features_as_splits(n, width, DEVICE)
-    taken = peak_bytes(lambda: probe(*features, splits, options))
+    taken = peak_bytes(lambda: probe(Features(*features, splits), protocols))
     assert taken <= 1.5 * 4 * n * width, f"{taken / (4 * n * width):.2f} times the features, besides themselves"
 
 
 def test_the_probe_chooses_and_scores_as_on_the_cpu() -> None:
     n, width = sized((20_000, 256), (2000, 32))
     features, splits = features_as_splits(n, width, DEVICE)
-    options, cpu = compose("probe.l2=[0.001,0.1,10]").probe, torch.device("cpu")
-    there = probe(*features, splits, options)
-    here = probe(*((x.cpu(), y.cpu()) for x, y in features), splits.to(cpu), options)
-    assert there.l2 == here.l2
-    assert there.validation == pytest.approx(here.validation, abs=0.002)
-    assert there.metrics == pytest.approx(here.metrics, abs=0.002)
-    assert 0.2 < here.metrics["probe/logreg/top1"] < 1, "the classes are told apart in part"
+    words = ["probe.protocols=[logreg,knn,ncc,lowshot,clusters]", "probe.protocols.logreg.l2=[0.001,0.1,10]"]
+    protocols, cpu = make_protocols(compose(*words, "probe.protocols.lowshot.draws=2")), torch.device("cpu")
+    there = probe(Features(*features, splits), protocols)
+    here = probe(Features(*((x.cpu(), y.cpu()) for x, y in features), splits.to(cpu)), protocols)
+    for name, outcome in here.items():
+        assert there[name].metrics == pytest.approx(outcome.metrics, abs=0.005), name
+        if outcome.validation is not None:
+            assert there[name].validation == pytest.approx(outcome.validation, abs=0.002)
+    assert there["logreg-v1"].chosen["l2"] == here["logreg-v1"].chosen["l2"]
+    assert 0.2 < here["logreg-v1"].metrics["top1"] < 1, "the classes are told apart in part"
 
 
 def test_neighbours_are_those_of_the_cpu() -> None:
@@ -222,7 +227,7 @@ def test_a_checkpoint_of_the_cpu_is_evaluated_alike(tmp_path: Path) -> None:
     run = run_of(tmp_path / "runs")
     scclr(tmp_path, "stages=[probe]", f"init_from={run}", f"device={DEVICE.type}", "runs=again")
     here, there = result_of(run)["metrics"], result_of(run_of(tmp_path / "again"))["metrics"]
-    knn = [name for name in here if "knn/" in name]
+    knn = [name for name in here if "knn-v1/" in name]
     assert len(knn) >= 3
     for name in knn:
         assert there[name] == pytest.approx(here[name], abs=0.002), name

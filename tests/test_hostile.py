@@ -367,14 +367,14 @@ def test_a_file_that_holds_no_result_is_refused_in_one_line(answer: Answer, run:
 
 
 RESULT: dict[str, Any] = {
-    "metrics": {f"{prefix}probe/logreg/top1": 0.5 for prefix in TITLES},
+    "metrics": {f"{prefix}logreg-v1/top1": 0.5 for prefix in TITLES},
     "seconds": {"pretrain": 1.0, "total": 2.0},
-    "validation": {"probe/logreg": 0.5},
+    "validation": {"logreg-v1": 0.5},
     "last": {"pretrain/knn": 0.5},
     "config": WHOLE["config"],
 }
-ACCURACY, TOTAL = ["metrics", "probe/logreg/top1"], ["seconds", "total"]
-OPTIONAL = (["validation", "probe/logreg"], ["last", "pretrain/knn"])
+ACCURACY, TOTAL = ["metrics", "logreg-v1/top1"], ["seconds", "total"]
+OPTIONAL = (["validation", "logreg-v1"], ["last", "pretrain/knn"])
 
 
 def is_as_written(path: list[str], name: str) -> bool:

@@ -219,4 +219,4 @@ def test_a_run(in_memory: str, scclr: Callable[..., int], folder: Path) -> None:
     words = [*data, f"dataset.in_memory={in_memory}", "dataset.resize=12", "augment=crop", *TINY[1:], "device=cpu"]
     assert scclr("train", *words, "pretrain.batch_size=8", "dataset.validation=0.2") == 0
     (run,) = run_folders(folder)
-    assert 0 <= result_of(run)["metrics"]["probe/logreg/top1"] <= 1
+    assert 0 <= result_of(run)["metrics"]["logreg-v1/top1"] <= 1

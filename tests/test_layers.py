@@ -21,15 +21,17 @@ LAYERS = [
     {"components"},
     {"train"},
     {"api"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+COMMANDS = ("train.py", "cli/training.py")
 # Only these import the library: a package, or one module of it.
 ONLY = {
     "wandb": {"run/tracking.py"},
-    "hydra": {"config/compose.py", "train.py", "cli.py"},
-    "omegaconf": {*(f"config/{stem}.py" for stem in ("schema", "build", "resolve", "compose")), "train.py", "cli.py"},
+    "hydra": {"config/compose.py", *COMMANDS},
+    "omegaconf": {*(f"config/{stem}.py" for stem in ("schema", "build", "resolve", "compose")), *COMMANDS},
 }
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

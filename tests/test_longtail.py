@@ -8,13 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_files import COLOUR, digits, image_bytes, write_cifar
 
-from scclr.config.schema import ProbeConfig
 from scclr.datasets import ImageSet, Splits
 from scclr.datasets.cifar10 import CIFAR10
 from scclr.datasets.longtail import class_counts, groups
-from scclr.evaluate.probe import probe, probe_pixels
+from scclr.evaluate.features import pixels
+from scclr.evaluate.knn import Knn
+from scclr.evaluate.logreg import LogReg
+from scclr.evaluate.ncc import NearestClassCentre
+from scclr.evaluate.probe import probe
+from scclr.evaluate.protocol import Features
 
-CONFIG = ProbeConfig(l2=[1e-3], max_iter=50, knn_k=1, knn_temperature=0.1, batch_size=64)
+PROTOCOLS = {
+    "logreg": LogReg(l2=[1e-3], max_iter=50),
+    "knn": Knn(k=[1], temperature=[0.1]),
+    "ncc": NearestClassCentre(),
+}
 
 
 def test_published_counts() -> None:
@@ -83,13 +91,13 @@ def test_accuracy_by_the_number_of_images() -> None:
     train = part([c for c, n in enumerate(counts) for _ in range(n)])
     test = part([0] * 4 + [1] * 2 + [2] * 2 + [3] * 2, wrong=2)
     splits = Splits(train, train, part([0, 1, 2, 3]), test, ("a", "b", "c", "d"), (0.5,), (0.5,), refit=False)
-    result = probe_pixels(splits, CONFIG)
-    assert result is not None
-    metrics = result.metrics
-    for name in ("probe/logreg/top1", "knn/k1/top1"):
-        assert metrics[name] == pytest.approx(0.8)
-        assert metrics[f"{name}/many"] == pytest.approx((0.5 + 1) / 2)  # over classes; over images it would be 4 / 6
-        assert metrics[f"{name}/medium"] == metrics[f"{name}/few"] == 1
+    parts = ((pixels(part), part.labels) for part in (splits.train, splits.validation, splits.test))
+    for outcome in probe(Features(*parts, splits), PROTOCOLS).values():
+        metrics = outcome.metrics
+        assert metrics["top1"] == pytest.approx(0.8)
+        assert metrics["top1/many"] == pytest.approx((0.5 + 1) / 2)  # over classes; over images it would be 4 / 6
+        assert metrics["top1/medium"] == metrics["top1/few"] == 1
+        assert metrics["balanced"] == pytest.approx((0.5 + 1 + 1 + 1) / 4)
 
 
 def test_a_balanced_validation_split_is_not_fitted() -> None:
@@ -107,4 +115,4 @@ def test_a_balanced_validation_split_is_not_fitted() -> None:
     features = [(represent(part), part.labels) for part in (train, validation, test)]
     for refit, expected in ((True, 0), (False, 1)):
         splits = Splits(train, train, validation, test, ("a", "b"), (0.5,), (0.5,), refit)
-        assert probe(*features, splits, CONFIG).metrics["knn/k1/top1"] == expected
+        assert probe(Features(*features, splits), PROTOCOLS)["knn-v1"].metrics["top1"] == expected

@@ -1,4 +1,6 @@
-"""The evaluation protocols against scikit-learn and naive transcriptions, and the encoder they must not touch."""
+"""The evaluation of a run: logistic regression and kNN against scikit-learn, what ``evaluate`` returns, and the encoder
+that it must not touch. The other protocols are in test_protocols.py.
+"""
 
 import subprocess
 import sys
@@ -7,25 +9,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from image_files import digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from scclr.config.schema import ProbeConfig, ProjectorConfig
+from scclr.config.schema import PretrainConfig, ProbeConfig, ProjectorConfig
 from scclr.datasets import ImageSet, Splits
 from scclr.encoders.convnet import ConvNet
 from scclr.encoders.model import Model
 from scclr.evaluate import logreg
-from scclr.evaluate.features import encoder_hash, extract_features, pixels
-from scclr.evaluate.knn import knn_predict
-from scclr.evaluate.logreg import Fit, Objective, accuracy, choose_l2, fit_logreg, predict
-from scclr.evaluate.probe import class_accuracy, evaluate, probe_encoder, probe_pixels
-from scclr.run.result import _accuracies
+from scclr.evaluate.features import encoder_hash, extract_features, extract_layers, pixels
+from scclr.evaluate.knn import Knn, knn_predict
+from scclr.evaluate.logreg import Fit, LogReg, Objective, accuracy, choose_l2, fit_logreg, predict
+from scclr.evaluate.probe import evaluate, knn_accuracy, probe_encoder, probe_pixels
+from scclr.evaluate.protocol import Features, Outcome, Protocol
+from scclr.run.result import summary
 
-CONFIG = ProbeConfig(l2=[1e-3, 1e-2], max_iter=50, knn_k=5, knn_temperature=0.1, batch_size=128)
+PROTOCOLS: dict[str, Protocol] = {
+    "logreg": LogReg(l2=[1e-3, 1e-2], max_iter=50),
+    "knn": Knn(k=[5], temperature=[0.1]),
+}
+CONFIG = ProbeConfig(protocols={"any": {"_target_": "x.X"}}, batch_size=128)
 
 
 def blobs(n: int = 300, dim: int = 6, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,46 +125,15 @@ def test_strength_is_chosen_on_validation_and_ties_go_to_the_strongest() -> None
     assert choose_l2(apart, apart, 2, grid, 50)[:2] == (10.0, 1.0)
 
 
-def evaluate_shares(rank: int, size: int, folder: str) -> None:
-    """One process of ``test_processes_that_hold_shares_are_one``: what it finds on its share is in ``<rank>.pt``."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
-    x, y = blobs(201)
-    own = slice(rank * 101, (rank + 1) * 101)  # the last share is smaller, and has fewer images than vote
-    known = [(x[own], y[own]), (x[own][:3], y[own][:3])]
-    fit = fit_logreg(known, 4, 1e-3, 100)
-    queries = blobs(90, seed=1)[0][rank * 60 : (rank + 1) * 60]
-    voted = knn_predict(known, queries, 4, k=99, temperature=0.1)
-    labels = predict(x[own], fit.weights)
-    correct, by_class = accuracy(labels, y[own]), class_accuracy(labels, y[own], 4)
-    torch.save((fit.weights, fit.gradient, correct, by_class, voted), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_processes_that_hold_shares_are_one(tmp_path: Path) -> None:
-    mp.spawn(evaluate_shares, (2, str(tmp_path)), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    x, y = blobs(201)
-    known = [(x, y), *((x[start : start + 3], y[start : start + 3]) for start in (0, 101))]
-    fit = fit_logreg(known, 4, 1e-3, 100)
-    labels = predict(x, fit.weights)
-    for weights, gradient, correct, by_class, _ in found:
-        torch.testing.assert_close(weights, fit.weights, atol=1e-9, rtol=1e-9)
-        assert gradient == pytest.approx(fit.gradient, rel=1e-6)
-        assert correct == accuracy(labels, y)
-        assert torch.equal(by_class, class_accuracy(labels, y, 4))
-    voted = knn_predict(known, blobs(90, seed=1)[0], 4, k=99, temperature=0.1)
-    assert torch.equal(torch.cat([part for *_, part in found]), voted)
-
-
 MEMORY = """
 import resource, threading, time, torch
 from pathlib import Path
-from scclr.config.schema import ProbeConfig
 from scclr.datasets import ImageSet, Splits
 from scclr.evaluate import knn
+from scclr.evaluate.logreg import LogReg
+from scclr.evaluate.ncc import NearestClassCentre
 from scclr.evaluate.probe import probe
+from scclr.evaluate.protocol import Features
 from scclr.run.machine import keep_freed_memory
 
 def part(n):
@@ -177,16 +151,20 @@ def watch():
 
 keep_freed_memory()  # as in a run
 knn.COSINES = 2**22
-config = ProbeConfig(l2=[1e-3, 1e-2], max_iter=4, knn_k=20, knn_temperature=0.1, batch_size=512)
+protocols = {
+    "logreg": LogReg(l2=[1e-3, 1e-2], max_iter=4),
+    "knn": knn.Knn(k=[20], temperature=[0.1]),
+    "ncc": NearestClassCentre(),
+}
 train, validation, test = part(80_000), part(8_000), part(8_000)
 sets = [ImageSet(torch.empty(len(y), 1, 1, 1, dtype=torch.uint8), y) for _, y in (train, validation, test)]
 splits = Splits(sets[0], *sets, tuple("0123456789"), (0.5,), (0.5,))
 small = [(x[:1000], y[:1000]) for x, y in (train, validation, test)]
-probe(*small, splits, config)
+probe(Features(*small, splits), protocols)
 seen, done = [resident()], threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
-probe(train, validation, test, splits, config)
+probe(Features(train, validation, test, splits), protocols)
 done.set()
 watcher.join()
 print((max(seen) - seen[0]) / (96_000 * 512 * 4))
@@ -226,10 +204,12 @@ def test_the_encoder_is_frozen_and_in_eval_mode() -> None:
     assert torch.equal(h, extract_features(net, data.test, 64))
     torch.testing.assert_close(h, extract_features(net, data.test, 7), atol=1e-5, rtol=1e-5)
     assert net.training
-    result = probe_encoder(net, data, CONFIG)
-    assert encoder_hash(net.encoder) == before == result.encoder_sha256
-    assert set(result.metrics) == {"probe/logreg/top1", "knn/k5/top1"}
-    assert result == probe_encoder(net, data, CONFIG)
+    found = evaluate(net, model(), data, PROTOCOLS, CONFIG, 0)
+    assert encoder_hash(net.encoder) == before == found["encoder_sha256"]
+    again = probe_encoder(net, data, PROTOCOLS, CONFIG, 0)
+    assert again.keys() == {"logreg-v1", "knn-v1"}
+    for name, outcome in again.items():
+        assert {f"{name}/{metric}": x for metric, x in outcome.metrics.items()}.items() <= found["metrics"].items()
 
 
 def test_the_hash_sees_weights_and_buffers() -> None:
@@ -245,22 +225,99 @@ def test_evaluation_that_changes_the_encoder_is_caught(monkeypatch: pytest.Monke
     net = model()
     monkeypatch.setattr(net, "eval", net.train)  # batch norm left in training mode
     with pytest.raises(AssertionError, match="changed the encoder"):
-        probe_encoder(net, splits(), CONFIG)
+        evaluate(net, model(), splits(), PROTOCOLS, CONFIG, 0)
 
 
 def test_pixels_are_a_fair_baseline() -> None:
-    result = probe_pixels(splits(), CONFIG)
-    assert result is not None
-    assert result.metrics["probe/logreg/top1"] > 0.85
+    assert probe_pixels(splits(), PROTOCOLS, CONFIG, 0)["logreg-v1"].metrics["top1"] > 0.85
     large = ImageSet(torch.full((2, 3, 96, 96), 51, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
     assert pixels(large).shape == (2, 3 * 32 * 32)
     torch.testing.assert_close(pixels(large), torch.full((2, 3072), 0.2))
     assert pixels(splits().test).shape[1] == 64
 
 
+class Counted(Protocol):
+    """What it was given, as numbers."""
+
+    version = 3
+
+    def __init__(self, *, baselines: bool = True) -> None:
+        self.baselines = baselines  # type: ignore[misc]
+
+    def __call__(self, features: Features) -> Outcome:
+        widths = {"width": features.train[0].shape[1], "seed": features.seed, "pixels": features.model is None}
+        return Outcome(widths, 0.5, {"layer": features.layer}, torch.eye(10, dtype=torch.int64))
+
+
+def test_layers_baselines_and_versions_are_in_the_names() -> None:
+    config = ProbeConfig(protocols=CONFIG.protocols, batch_size=128, layers=["h", "z"])
+    protocols: dict[str, Protocol] = {"a": Counted(), "b": Counted(baselines=False)}
+    found = evaluate(model(), model(), splits(), protocols, config, 7)
+    untrained, pixel = "baseline/untrained/", "baseline/pixels/"
+    names = ["a-v3", "b-v3", "z/a-v3", "z/b-v3", f"{untrained}a-v3", f"{untrained}z/a-v3", f"{pixel}a-v3"]
+    assert list(found["validation"]) == list(found["chosen"]) == list(found["confusion"]) == names
+    metrics = found["metrics"]
+    assert [metrics[f"{name}/width"] for name in names] == [16, 16, 4, 4, 16, 4, 64]
+    assert [metrics[f"{name}/pixels"] for name in names] == [0] * 6 + [1]
+    assert {metrics[f"{name}/seed"] for name in names} == {7}
+    assert [found["chosen"][name]["layer"] for name in names] == ["h", "h", "z", "z", "h", "z", "h"]
+    assert found["left_out"] == {}
+
+
+def test_both_layers_come_from_one_pass() -> None:
+    net, data = model(), splits().test
+    both = extract_layers(net, data, 64, ["h", "z"])
+    h, z = net.eval()(data.images.float() / 255)  # type: ignore[union-attr]
+    torch.testing.assert_close(both["h"], h.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(both["z"], z.detach(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(extract_layers(net, data, 64, ["z"])["z"], both["z"])
+    assert torch.equal(extract_features(net, data, 64), both["h"])
+    net.projector = torch.nn.Sequential()
+    assert extract_layers(net, data, 64, ["z"])["z"].shape == both["h"].shape
+
+
 def test_pixels_of_very_many_images_are_left_out_and_this_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scclr.evaluate.probe.MOST_PIXELS", 100)
-    found = evaluate(model(), model(), splits(), CONFIG)
+    found = evaluate(model(), model(), splits(), PROTOCOLS, CONFIG, 0)
     assert found["left_out"] == {"baseline/pixels/": "over 100 images"}
-    assert set(found["l2"]) == {"probe/logreg", "baseline/untrained/probe/logreg"} == set(found["gradient"])
-    assert "raw pixels" not in "".join(_accuracies(found))
+    assert set(found["validation"]) == {"logreg-v1", "baseline/untrained/logreg-v1"}
+    assert set(found["chosen"]["logreg-v1"]) == {"l2", "gradient"}
+    shown = summary({**found, "seconds": {"total": 1.0}}, Path("run"), "")
+    assert "untrained encoder" in shown
+    assert "raw pixels" not in shown
+
+
+def test_knn_during_pretraining_votes_with_the_first_images() -> None:
+    net, data = model(), splits()
+    options = {"knn_images": 90, "knn_k": 7, "knn_temperature": 0.3}
+    plain = dict.fromkeys(("epochs", "log_every", "knn_every"), 1) | {"batch_size": 2, "warmup": 0.1}
+    words = {"precision": "auto", "compile": "auto", "channels_last": True}
+    found = knn_accuracy(net, data, PretrainConfig(**plain, **words, **options), 64)  # type: ignore[arg-type]
+    bank, queries = (extract_features(net, part, 64) for part in (data.train[slice(0, 90)], data.validation))
+    predicted = knn_predict([(bank, data.train.labels[:90])], queries, 10, k=7, temperature=0.3)
+    assert found == (predicted == data.validation.labels).double().mean()
+
+
+def test_the_table_shows_a_column_for_each_protocol_and_older_results() -> None:
+    metrics = {
+        "quality/h/rankme": 7.0, "logreg-v1/ece": 0.1, "logreg-v1/top1": 0.5, "logreg-v1/top1/many": 0.9,
+        "clusters-v1/ari": 0.3, "clusters-v1/nmi": 0.25, "lowshot-v1/shots1/top1": 0.2, "lowshot-v1/shots5/top1": 0.3,
+        "z/logreg-v1/top1": 0.4, "baseline/untrained/logreg-v1/top1": 0.1, "mnist/logreg-v1/top1": 0.6,
+        "mnist/baseline/pixels/logreg-v1/top1": 0.7,
+    }  # fmt: skip
+    lines = summary({"metrics": metrics, "seconds": {"total": 1.0}}, Path("run"), "").splitlines()
+    assert [line.split() for line in lines[1:9]] == [
+        ["test", "split,", "%", "logreg-v1/top1", "clusters-v1/nmi", "lowshot-v1/shots1/top1"],
+        ["pretrained", "50.00", "25.00", "20.00"],
+        ["pretrained,", "many", "images", "90.00"],
+        ["pretrained,", "z", "40.00"],
+        ["untrained", "encoder", "10.00"],
+        ["mnist/pretrained", "60.00"],
+        ["mnist/raw", "pixels", "70.00"],
+        [],
+    ]
+    assert "quality" not in "".join(lines)
+    older = {"probe/logreg/top1": 0.5, "knn/k20/top1": 0.25, "baseline/pixels/probe/logreg/top1": 0.125}
+    lines = summary({"metrics": older, "seconds": {"total": 1.0}}, Path("run"), "").splitlines()
+    assert lines[2].split() == ["pretrained", "50.00", "25.00"]
+    assert lines[3].split() == ["raw", "pixels", "12.50"]

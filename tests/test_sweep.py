@@ -259,7 +259,7 @@ def test_a_sweep_divides_the_devices(
     if expected is None:  # all four at once: one point after the other, in this process
         ran = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("scclr.cli.run_point", lambda one: ran.append(one))
+            patch.setattr("scclr.cli.training.run_point", lambda one: ran.append(one))
             assert scclr("train", "-m", "seed=0,1,2", "hydra/launcher=joblib", *TINY, *words.split()) == 1
         assert (len(ran), cards) == (6, [])
         return

@@ -16,10 +16,11 @@ from torch import Tensor
 from scclr.config.errors import UserError
 from scclr.config.schema import TheoryConfig
 from scclr.datasets import ImageSet
+from scclr.evaluate.features import chosen_rows
 from scclr.losses import LogSumExpForm
 from scclr.theory.embed import embed
 from scclr.theory.forecast import Forecast, forecast_collapse
-from scclr.theory.report import BOUND_METRICS, chosen_rows, headline, measure, table
+from scclr.theory.report import BOUND_METRICS, headline, measure, table
 from scclr.theory.thresholds import Edges, misalignment_onset
 
 Run = Callable[..., int]

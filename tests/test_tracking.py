@@ -87,7 +87,7 @@ def write(folder: Path, start: int, rows: dict[int, float]) -> None:
     with open_log(folder, settings={"alpha": 0.5}, tags=["balanced", "digits"], start=start) as log:
         for step, value in rows.items():
             log.row(step, {"loss": value, "epoch": step / 10})
-        log.summary({"probe/logreg/top1": 0.9})
+        log.summary({"logreg-v1/top1": 0.9})
 
 
 def test_rows_are_flushed_at_once(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_the_offline_run_is_whole(tmp_path: Path) -> None:
     assert (run.job_type, list(run.tags)) == ("pretrain", ["balanced", "digits"])
     assert values(run.config.update)["alpha"] == 0.5
     summary = {key: value for record in records(tmp_path, "summary") for key, value in values(record.update).items()}
-    assert summary["probe/logreg/top1"] == 0.9
+    assert summary["logreg-v1/top1"] == 0.9
 
 
 def test_every_chart_is_drawn_over_the_training_step(tmp_path: Path) -> None:
@@ -142,13 +142,13 @@ def test_final_numbers_are_a_chart_too_at_the_last_step(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     write(tmp_path / "pretrain", 0, {10: 3.0, 20: 2.0})
     first, last = history(tmp_path / "pretrain")
-    assert "probe/logreg/top1" not in first
-    assert (last["step"], last["pretrain/loss"], last["probe/logreg/top1"]) == (20, 2.0, 0.9)
+    assert "logreg-v1/top1" not in first
+    assert (last["step"], last["pretrain/loss"], last["logreg-v1/top1"]) == (20, 2.0, 0.9)
     write(tmp_path / "evaluate", 0, {})
     (row,) = history(tmp_path / "evaluate")
-    assert (row["step"], row["probe/logreg/top1"]) == (0, 0.9)
+    assert (row["step"], row["logreg-v1/top1"]) == (0, 0.9)
     write(tmp_path / "pretrain", 20, {})  # the earlier attempt ended between its last step and its evaluation
-    assert [row.get("probe/logreg/top1") for row in history(tmp_path / "pretrain")] == [None, 0.9]
+    assert [row.get("logreg-v1/top1") for row in history(tmp_path / "pretrain")] == [None, 0.9]
 
 
 def test_a_resumed_run_is_one_run(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_run_is_tracked_offline(scclr: Callable[..., int], folder: Path) -> No
     rows = history(run)
     assert [row["_step"] for row in rows] == [2, 3, 4, 6]
     assert {"pretrain/attract", "pretrain/repel", "pretrain/loss"} <= set(rows[0])
-    assert "probe/logreg/top1" in rows[-1]
+    assert "logreg-v1/top1" in rows[-1]
     assert run_record(run).job_type == "pretrain"
     assert list(run_record(run).tags) == ["balanced", "digits", "mine"]
     assert scclr("train", "tracking.mode=offline", "stages=[probe]", f"init_from={run}", "name=again", *TINY[-2:]) == 0

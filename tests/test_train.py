@@ -21,7 +21,8 @@ Run = Callable[..., int]
 METRICS = {
     prefix + name
     for prefix in ("", "baseline/untrained/", "baseline/pixels/")
-    for name in ("probe/logreg/top1", "knn/k20/top1")
+    for protocol in ("logreg-v1", "knn-v1")
+    for name in (f"{protocol}/{metric}" for metric in ("top1", "top5", "balanced", "ece"))
 }
 
 
@@ -29,9 +30,10 @@ def test_a_run_leaves_its_record(scclr: Run, folder: Path, capsys: pytest.Captur
     assert scclr("train", *TINY) == 0
     (run,) = run_folders(folder)
     result = result_of(run)
-    assert set(result["metrics"]) == METRICS
-    assert all(0 <= value <= 1 for value in result["metrics"].values())
-    assert result["metrics"]["probe/logreg/top1"] > 0.5
+    quality = {f"quality/{layer}/{name}" for layer in "hz" for name in ("rankme", "lidar")}
+    assert set(result["metrics"]) == METRICS | quality
+    assert all(0 <= result["metrics"][name] <= 1 for name in METRICS)
+    assert result["metrics"]["logreg-v1/top1"] > 0.5
     assert {"python", "torch", "git"} <= set(result["versions"])
     rows = rows_of(run)
     assert [row["step"] for row in rows] == [2, 3, 4, 6]
@@ -44,7 +46,7 @@ def test_a_run_leaves_its_record(scclr: Run, folder: Path, capsys: pytest.Captur
     assert checkpoint["step"] == 6
     assert any(name.startswith("encoder.") for name in checkpoint["model"])
     shown = capsys.readouterr()
-    assert f"{100 * result['metrics']['probe/logreg/top1']:.2f}" in shown.out
+    assert f"{100 * result['metrics']['logreg-v1/top1']:.2f}" in shown.out
     assert "raw pixels" in shown.out
     assert "AdamW weights: " in shown.err
 
@@ -52,7 +54,7 @@ def test_a_run_leaves_its_record(scclr: Run, folder: Path, capsys: pytest.Captur
     assert scclr("train", *TINY) == 0
     again = capsys.readouterr().out
     assert "finished before" in again
-    assert f"{100 * result['metrics']['probe/logreg/top1']:.2f}" in again
+    assert f"{100 * result['metrics']['logreg-v1/top1']:.2f}" in again
     assert (run / "result.json").stat().st_mtime_ns == stamp
     assert scclr("train", "overwrite=true", *TINY) == 0
     assert (run / "result.json").stat().st_mtime_ns != stamp
@@ -201,7 +203,7 @@ def test_every_loss_trains(loss: str, scclr: Run, folder: Path) -> None:
     assert scclr("train", f"loss={loss}", *TINY) == 0
     (run,) = run_folders(folder)
     assert result_of(run)["oracle"] == build("loss", compose(f"loss={loss}").loss, classes=10).supervised
-    assert result_of(run)["metrics"]["probe/logreg/top1"] > 0.4  # chance is 0.1
+    assert result_of(run)["metrics"]["logreg-v1/top1"] > 0.4  # chance is 0.1
 
 
 def test_a_balance_schedule_is_followed(scclr: Run, folder: Path) -> None:
@@ -318,7 +320,7 @@ def lacks_memory(*_: object, **__: object) -> None:
         ("run_stages", "end what else uses this memory, or type the same command where there is more"),
         ("forecast_collapse", "end what else uses this memory, or type the same command where there is more"),
         ("pretrain", "type pretrain.micro_batch=64, which keeps the gradient, or a smaller pretrain.batch_size"),
-        ("knn_accuracy", "type a smaller probe.batch_size or pretrain.knn_images"),
+        ("knn_accuracy", "type a smaller probe.batch_size or pretrain.knn_images, or pretrain.quality_every=0"),
     ],
 )
 def test_too_little_memory_is_said_in_one_line(
@@ -333,7 +335,8 @@ def test_too_little_memory_is_said_in_one_line(
 @pytest.mark.parametrize(
     ("stages", "place", "rest", "smaller"),
     [
-        ("[pretrain,probe]", "evaluate", "[probe]", "probe.batch_size=128"),
+        ("[pretrain,probe]", "evaluate_each", "[probe]", "probe.batch_size=128"),
+        ("[pretrain]", "measure_quality", "[probe]", "probe.batch_size=128"),
         ("[pretrain,probe,theory]", "measure", "[probe,theory]", "theory.images=2500"),
     ],
 )
@@ -412,14 +415,14 @@ def test_what_evaluates_is_pinned_and_what_trains_is_not(
 
         monkeypatch.setattr(train, name, watched)
 
-    for name in ("forecast_collapse", "pretrain", "knn_accuracy", "evaluate", "measure"):
+    for name in ("forecast_collapse", "pretrain", "knn_accuracy", "evaluate_each", "measure_quality", "measure"):
         watch(name)
     before = arithmetic()
     words = [f"deterministic={str(deterministic).lower()}", "stages=[pretrain,probe,theory]", "theory.images=60"]
-    assert scclr("train", *words, *TINY) == 0
+    assert scclr("train", *words, "pretrain.quality_every=1", *TINY) == 0
     assert arithmetic() == before
     assert seen.pop("pretrain") == {(False, True, not deterministic, deterministic, False)}
-    assert len(seen) == 4
+    assert len(seen) == 5
     assert set.union(*seen.values()) == {(False, False, False, True, not deterministic)}
 
 
@@ -478,7 +481,7 @@ def test_a_sweeper_is_given_the_validation_accuracy(scclr: Run, folder: Path) ->
     assert run_folders(folder) == [run]
     assert (run / "result.json").stat().st_mtime_ns == stamp, "the same run"
     result = result_of(run)
-    assert validation_accuracy(result) == result["validation"]["probe/logreg"] != result["metrics"]["probe/logreg/top1"]
+    assert validation_accuracy(result) == result["validation"]["logreg-v1"] != result["metrics"]["logreg-v1/top1"]
     assert validation_accuracy({"last": {"pretrain/knn": 0.5}}) == 0.5
 
 
@@ -489,6 +492,6 @@ def test_pretraining_beats_raw_pixels_and_the_untrained_encoder(scclr: Run, fold
     found = [result_of(run)["metrics"] for run in run_folders(folder)]
     assert len(found) == 3
     for baseline, margin in (("baseline/pixels/", 0.005), ("baseline/untrained/", 0.02)):
-        gains = [metrics["probe/logreg/top1"] - metrics[f"{baseline}probe/logreg/top1"] for metrics in found]
+        gains = [metrics["logreg-v1/top1"] - metrics[f"{baseline}logreg-v1/top1"] for metrics in found]
         assert min(gains) > 0
         assert sum(gains) / 3 > margin

@@ -23,7 +23,7 @@ from scclr.encoders.vit import ViT
 from scclr.encoders.weights import IMAGENET, load_foreign, read_weights
 
 Run = Callable[..., int]
-EVALUATE = ["stages=[probe]", "probe.l2=[0.1]", "probe.max_iter=5"]
+EVALUATE = ["stages=[probe]", "probe.protocols.logreg.l2=[0.1]", "probe.protocols.logreg.max_iter=5"]
 IMAGES = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -230,7 +230,7 @@ def test_other_peoples_encoders_are_evaluated(scclr: Run, folder: Path, capsys: 
     assert said in capsys.readouterr().err
     (run,) = run_folders(folder)
     result = result_of(run)
-    assert result["metrics"]["probe/logreg/top1"] > 0.3
+    assert result["metrics"]["logreg-v1/top1"] > 0.3
     assert result["config"]["init_from"] == "theirs.pth"
     mean, std, images = (torch.tensor(x).view(1, 3, 1, 1) for x in (*IMAGENET, [0.2, 0.4, 0.6]))
     theirs = ConvNet(in_channels=3, widths=[8, 16], stem_stride=1).eval()

@@ -19,6 +19,8 @@ from scclr.components.make import (
     make_model,
     make_models,
     make_optimizer,
+    make_protocols,
+    make_transfers,
     pick_device,
     try_loss,
 )
@@ -30,6 +32,7 @@ from scclr.datasets import CLASS_FOLDERS_ADVICE, Splits
 from scclr.datasets.loader import refuse_rotation
 from scclr.encoders.model import Model, activations
 from scclr.encoders.weights import check_foreign, has_foreign_weights, load_foreign
+from scclr.evaluate.features import chosen_rows
 from scclr.pretrain.loop import precision_dtype
 from scclr.run import torchrun
 from scclr.run.checkpoint import load, saved_config
@@ -38,11 +41,11 @@ from scclr.run.files import nearest_existing, require_room
 from scclr.run.machine import memory_limit
 from scclr.run.tracking import check_tracking
 from scclr.theory import check_labels
-from scclr.theory.report import chosen_rows
 
 __all__ = [
-    "check", "check_data", "load_splits", "load_weights", "make_augment", "make_dataset", "make_foreign", "make_loss",
-    "make_model", "make_models", "make_optimizer", "pick_device", "prepare",
+    "check", "check_data", "load_splits", "load_transfers", "load_weights", "make_augment", "make_dataset",
+    "make_foreign", "make_loss", "make_model", "make_models", "make_optimizer", "make_protocols", "pick_device",
+    "prepare",
 ]  # fmt: skip
 SMALL_FILES = 2**24  # bytes that a run needs besides its checkpoints
 UNSUPERVISED = ", evaluate on others by probe.dataset=<name>, or type stages=[pretrain] pretrain.knn_every=0"
@@ -68,9 +71,11 @@ def prepare(
         refuse_ignored(config, overrides)
         if config.init_from is not None and "pretrain" not in config.stages:
             config = adopt(config, saved_config(load(config.init_from)), overrides)
-    digests, read = {} if digests is None else digests, json.dumps([config.dataset, config.probe.dataset])
+    digests = {} if digests is None else digests
+    read = json.dumps([config.dataset, config.probe.dataset, config.probe.transfer])
     if read not in digests:
-        digests[read] = "-".join(source.digest() for source in (make_dataset(config), make_evaluated(config)) if source)
+        sources = [make_dataset(config), make_evaluated(config), *make_transfers(config).values()]
+        digests[read] = "-".join(source.digest() for source in sources if source)
     identity = identify(config, digests[read])
     if config.overwrite or not (identity.directory / "result.json").exists():
         check(config, here)
@@ -93,13 +98,16 @@ def check(config: TrainConfig, here: bool = True) -> None:
     batch, processes = config.pretrain.batch_size, max(launched_processes(), config.nproc)
     message = f"pretrain.batch_size={batch} is for all {processes} processes together: type a multiple of {processes}"
     require(batch % processes == 0, message)
-    source, evaluated = make_dataset(config), make_evaluated(config)
+    source, evaluated, transfers = make_dataset(config), make_evaluated(config), make_transfers(config)
+    unread = f"stages=[{','.join(config.stages)}] would ignore probe.transfer: drop it, or add the stage probe"
+    require(not transfers or "probe" in config.stages, unread)
     if evaluated is not None:
         message = f"stages=[{','.join(config.stages)}] would ignore probe.dataset"
         require("pretrain" in config.stages, f"{message}: type dataset=<name>, which is what it evaluates on")
         evaluates = "probe" in config.stages or config.pretrain.knn_every > 0
         require(evaluates, f"{message}, and pretrain.knn_every=0 too: drop it, or add the stage probe")
     try_loss(config)
+    make_protocols(config)
     augment = make_augment(config)
     if source.streamed and {"pretrain", "theory"}.intersection(config.stages):
         refuse_rotation(augment)
@@ -109,7 +117,8 @@ def check(config: TrainConfig, here: bool = True) -> None:
     if has_foreign_weights(config) and image_size is not None:
         load_foreign(model.encoder, str(config.init_from))
     make_optimizer(config, model)
-    check_channels(config, model, len(source.mean), len((evaluated or source).mean))
+    seen = [len(data.mean) for data in (evaluated or source, *transfers.values())]
+    check_channels(config, model, len(source.mean), seen)
     if here:
         check_memory(config, model, len(augment.views), augment.size or image_size)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -161,9 +170,24 @@ def load_splits(config: TrainConfig) -> tuple[Splits, Splits]:
     if evaluated is None:
         return splits, splits
     try:
-        return splits, evaluated.load(check_classes)
+        return splits, evaluated.load(partial(check_evaluated, config))
     except UserError as error:
         raise UserError(f"probe.dataset: {error}") from error
+
+
+def load_transfers(config: TrainConfig) -> dict[str, Splits]:
+    """The datasets of ``probe.transfer`` by name.
+
+    Raises:
+        UserError: as ``Source.load`` and ``check_evaluated``.
+    """
+    found = {}
+    for name, source in make_transfers(config).items():
+        try:
+            found[name] = source.load(partial(check_evaluated, config))
+        except UserError as error:
+            raise UserError(f"probe.transfer.{name}: {error}") from error
+    return found
 
 
 def check_data(config: TrainConfig, splits: Splits) -> None:
@@ -178,6 +202,8 @@ def check_data(config: TrainConfig, splits: Splits) -> None:
     evaluates = "probe" in config.stages or (pretrains and config.pretrain.knn_every > 0)
     if supervised or "theory" in config.stages or (evaluates and config.probe.dataset is None):
         check_classes(splits, "" if supervised or "theory" in config.stages else UNSUPERVISED)
+    if evaluates and config.probe.dataset is None:
+        check_evaluated(config, splits)
     if pretrains:
         n, batch = len(splits.pretrain), config.pretrain.batch_size
         message = f"pretrain.batch_size={batch} is larger than the {n} images to pretrain on: type a smaller one"
@@ -185,12 +211,24 @@ def check_data(config: TrainConfig, splits: Splits) -> None:
         labelled = bool((splits.pretrain.labels >= 0).all())
         message = f"loss={config.loss_name} reads labels, and this dataset pretrains without them"
         require(labelled or not supervised, message)
+        message = "pretrain.online_probe=true reads labels, and this dataset pretrains without them: drop it"
+        require(labelled or not config.pretrain.online_probe, message)
     if "theory" in config.stages:
         rows = chosen_rows(len(splits.train), config.seed, config.theory.images)
         try:
             check_labels(splits.train.labels[rows])
         except ValueError as error:
             raise UserError(f"theory: {one_line(error)}; type a larger theory.images, or more images") from error
+
+
+def check_evaluated(config: TrainConfig, splits: Splits) -> None:
+    """Refuse data that cannot be evaluated on: as ``check_classes``, and as each protocol, if the probe is a stage."""
+    check_classes(splits)
+    for name, protocol in make_protocols(config).items() if "probe" in config.stages else ():
+        try:
+            protocol.check(splits)
+        except UserError as error:
+            raise UserError(f"probe.protocols.{name}: {error}") from error
 
 
 def check_classes(splits: Splits, alternative: str = "") -> None:

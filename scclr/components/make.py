@@ -13,12 +13,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from scclr.augment import Augment
-from scclr.config.build import build, is_own
+from scclr.config.build import build, group_of, is_own
 from scclr.config.errors import UserError, one_line, require
 from scclr.config.schema import TrainConfig
 from scclr.datasets import Source, Splits
 from scclr.encoders.model import Model
 from scclr.encoders.weights import IMAGENET, has_foreign_weights, load_foreign, load_own, pixel_statistics
+from scclr.evaluate.protocol import Protocol
 from scclr.losses import Loss, LossTerms
 from scclr.run import torchrun
 from scclr.run.checkpoint import load
@@ -29,18 +30,19 @@ KINDS: dict[str, tuple[type, str]] = {
     "encoder": (nn.Module, "derive from torch.nn.Module, and set feature_dim to the width of its output [B, D]"),
     "loss": (Loss, "derive from scclr.losses.Loss, and define terms(anchors)"),
     "optimizer": (Optimizer, "give a torch.optim.Optimizer"),
+    "protocol": (Protocol, "derive from scclr.evaluate.protocol.Protocol, and define __call__(features)"),
 }  # what each group of the configuration builds, and what to do about a component that is none
 
 
-def make(group: str, node: dict[str, Any], **given: Any) -> Any:
-    """Build the component of a group, and refuse what is none.
+def make(name: str, node: dict[str, Any], **given: Any) -> Any:
+    """Build the component at the key ``name``, and refuse what is none of its group.
 
     Raises:
         UserError: as ``build``; the target is of another kind than ``KINDS`` says.
     """
-    component = build(group, node, **given)
+    component, group = build(name, node, **given), group_of(name)
     kind, advice = KINDS[group]
-    refused = f"{group}._target_={node['_target_']}: this is no {group}; {advice}"
+    refused = f"{name}._target_={node['_target_']}: this is no {group}; {advice}"
     require(isinstance(component, kind), refused)
     require(group != "encoder" or isinstance(getattr(component, "feature_dim", None), int), refused)
     return component
@@ -61,6 +63,16 @@ def make_evaluated(config: TrainConfig) -> Source | None:
     except UserError as error:
         raise UserError(f"probe.dataset: {error}") from error
     return source
+
+
+def make_transfers(config: TrainConfig) -> dict[str, Source]:
+    """The datasets of ``probe.transfer`` by name, of which nothing is read yet."""
+    return {name: make(f"probe.transfer.{name}", node) for name, node in config.probe.transfer.items()}
+
+
+def make_protocols(config: TrainConfig) -> dict[str, Protocol]:
+    """The evaluation protocols by name, in the order of the table at the end of a run."""
+    return {name: make(f"probe.protocols.{name}", node) for name, node in config.probe.protocols.items()}
 
 
 def make_augment(config: TrainConfig) -> Augment:
@@ -139,42 +151,44 @@ def try_encoder(config: TrainConfig, model: Model, sides: Iterable[int]) -> None
         require(list(h.shape) == [2, width], f"{message}, and feature_dim is {width}: give h [B, feature_dim]")
 
 
-def check_channels(config: TrainConfig, model: Model, trained: int, evaluated: int) -> None:
+def check_channels(config: TrainConfig, model: Model, trained: int, evaluated: Iterable[int]) -> None:
     """Refuse images whose number of channels the encoder cannot take.
 
     Args:
         trained: channels of the images to train on.
-        evaluated: channels of the images to evaluate on. An encoder of colour images takes grey ones, and one of grey
-            images takes colour ones.
+        evaluated: channels of the images of each dataset to evaluate on. An encoder of colour images takes grey ones,
+            and one of grey images takes colour ones.
     """
     takes = model.channels
     whose = "the encoder" if config.init_from is None else f"init_from={config.init_from}"
     trains = bool({"pretrain", "theory"}.intersection(config.stages))
     advice = "; type init_mean and init_std with a number for each" if has_foreign_weights(config) else ""
-    for count, convertible in ((trained, not trains), (evaluated, True)):
+    for count, convertible in ((trained, not trains), *((count, True) for count in evaluated)):
         fits = count == takes or (convertible and {count, takes} == {1, 3})
         require(fits, f"{whose} takes images of {takes} channels, and these have {count}{advice}")
 
 
-def make_models(config: TrainConfig, splits: Splits, evaluated: Splits | None = None) -> tuple[Model, Model]:
+def make_models(config: TrainConfig, splits: Splits, *evaluated: Splits) -> tuple[Model, Model]:
     """(the model as the run finds it, the same with the untrained weights of its seed).
 
     Args:
         evaluated: what the encoder is evaluated on, if not ``splits``.
     """
     mean, std, image_size = splits.mean, splits.std, splits.train.images.shape[-1]
-    sides = {part.train.images.shape[-1] for part in (splits, evaluated) if part is not None}
+    sides = {part.train.images.shape[-1] for part in (splits, *evaluated)}
     foreign = has_foreign_weights(config)
     origin = None if config.init_from is None or foreign else load(config.init_from)
     if origin is not None and "pretrain" not in config.stages:  # an encoder sees pixels as it was trained to
         mean, std = (tuple(origin["model"][name].flatten().tolist()) for name in ("mean", "std"))
         image_size = origin["image_size"]
     model = make_model(config, mean, std, image_size=image_size)
-    check_channels(config, model, len(splits.mean), len((evaluated or splits).mean))
+    check_channels(config, model, len(splits.mean), [len(part.mean) for part in evaluated or [splits]])
     try_encoder(config, model, sides)
     untrained = copy.deepcopy(model)
     if origin is not None:
         load_weights(model, origin, f"init_from={config.init_from}")
+        if config.pretrain.channels_last:  # as training leaves it, so that evaluating again gives the same bits
+            model = model.to(memory_format=torch.channels_last)
     elif foreign:
         note = load_foreign(model.encoder, str(config.init_from))
         if torchrun.is_main():

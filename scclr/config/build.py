@@ -23,6 +23,7 @@ OWN = {
     "encoder": "scclr.encoders",
     "loss": "scclr.losses",
     "optimizer": "scclr.pretrain.optim",
+    "protocol": "scclr.evaluate",
 }  # where scclr's components of each group lie
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 LISTS: dict[Any, str] = {int: "[1, 2]", float: "[0.1, 0.5]", str: "[a, b]"}
@@ -33,7 +34,8 @@ def build(name: str, node: Mapping[str, Any], **given: Any) -> Any:
     """Construct ``node["_target_"]`` from the node's other keys and those of ``given`` that it takes.
 
     Args:
-        name: the configuration group, for messages, such as ``"loss"``.
+        name: the configuration group, such as ``"loss"``, or the key of one of several components of a group, such as
+            ``"probe.protocols.knn"``. Messages begin with it.
         node: ``_target_`` and keyword arguments.
         given: arguments that the program supplies, such as the number of channels. The node cannot set them.
 
@@ -52,10 +54,17 @@ def build(name: str, node: Mapping[str, Any], **given: Any) -> Any:
         raise UserError(f"{name}: {one_line(error)}") from error
 
 
+def group_of(name: str) -> str:
+    """The configuration group of the component at a key, as of ``loss``, ``probe.dataset``, ``probe.protocols.knn``."""
+    inside = {"probe.protocols": "protocol", "probe.transfer": "dataset"}
+    parent, _, own = name.rpartition(".")
+    return inside.get(parent, own)
+
+
 def is_own(name: str, node: Mapping[str, Any]) -> bool:
-    """Whether ``node["_target_"]`` is one of scclr's components of the group ``name``."""
+    """Whether ``node["_target_"]`` is one of scclr's components of the group of ``name``."""
     target = str(node.get("_target_", ""))
-    return f"{target}.".startswith(f"{OWN[name]}.")
+    return f"{target}.".startswith(f"{OWN[group_of(name)]}.")
 
 
 def find_component(name: str, node: Mapping[str, Any]) -> Callable[..., Any]:
@@ -68,7 +77,7 @@ def find_component(name: str, node: Mapping[str, Any]) -> Callable[..., Any]:
     module_name, _, attribute = target.rpartition(".")
     word, own = f"{name}._target_={target}", is_own(name, node)
     foreign = not f"{target}.".startswith("scclr.")
-    require(own or foreign, f"{word}: no component of this group; those of scclr lie in {OWN[name]}")
+    require(own or foreign, f"{word}: no component of this group; those of scclr lie in {OWN[group_of(name)]}")
     require(module_name != "", f"{word}: give module.Class, such as my_losses.MyLoss")
     try:
         module = importlib.import_module(module_name)

@@ -29,12 +29,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from scclr.config.errors import UserError, did_you_mean, one_line, require
-from scclr.config.resolve import dotted, resolve, root_key, unknown_key
+from scclr.config.resolve import resolve
 from scclr.config.schema import COMPONENTS, TrainConfig
+from scclr.config.words import dotted, for_hydra, root_key, short_float, take_joblib, unknown_key
 
 CONFIG = "train"  # conf/train.yaml
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-TEXT_KEYS = ("name", "experiment")  # their values are names, though Hydra would read 2025 or true otherwise
 SWEEP_EXTRA = "pip install 'scclr[sweep]' brings submitit_local and submitit_slurm"
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
@@ -105,20 +105,10 @@ def parse(argv: Sequence[str]) -> CommandLine:
         value = getattr(args, name)
         flags += [] if value is None else [f"--{name.replace('_', '-')}", value]
     shows_only = bool(args.cfg or args.info or args.hydra_help or args.shell_completion)
-    overrides = [_quote_text(override) for override in args.overrides]
+    overrides = [word for override in args.overrides for word in for_hydra(override)]
     return CommandLine(
         flags, overrides, args.multirun, shows_only, args.config_dir, args.config_path, args.config_name or CONFIG
     )
-
-
-def _quote_text(override: str) -> str:
-    """``name=2025,true`` as ``name='2025','true'``, which Hydra takes as text."""
-    key, _, value = override.partition("=")
-    if key == "probe.dataset" and value != "null":  # a choice among the files of conf/dataset
-        return f"+dataset@{override}"
-    if key not in TEXT_KEYS or not re.fullmatch(r"[\w.+-]+(,[\w.+-]+)*", value):
-        return override
-    return f"{key}=" + ",".join(name if name == "null" else f"'{name}'" for name in value.split(","))
 
 
 @contextmanager
@@ -155,11 +145,12 @@ def plan(command: CommandLine) -> Plan:
 
 def _plan(command: CommandLine, hydra: Hydra) -> Plan:
     parser = OverridesParser.create(config_loader=hydra.config_loader)
-    jobs, words = _take_joblib(command.overrides)
+    jobs, words = take_joblib(command.overrides)
     overrides = [_parse_override(parser, word) for word in words]
     _refuse_unknown_choices(hydra, command, overrides)
     for override in overrides if not command.sweep else []:
-        advice = "several values make a sweep: add -m, or quote them"
+        mended = "put them in brackets" if override.key_or_group == "protocol" else "quote them"
+        advice = f"several values make a sweep: add -m, or {mended}"
         require(not override.is_sweep_override(), f"{override.input_line}: {advice}")
     fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
     base = hydra.compose_config(command.config_name, fixed, RunMode.RUN, from_shell=False)
@@ -173,7 +164,8 @@ def _plan(command: CommandLine, hydra: Hydra) -> Plan:
         params = [f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()]
         overrides = [*(_parse_override(parser, word) for word in params), *overrides]
         found = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
-        points = [[_short_float(word) for word in point] for point in found]
+        points = [[short_float(word) for word in point] for point in found]
+        require(len(points) > 0, "this sweep has no points: a glob in it matches nothing")
         shared, composed = set.intersection(*map(set, points)), []
         for point in points:
             own = " ".join(word for word in point if word not in shared)
@@ -183,24 +175,6 @@ def _plan(command: CommandLine, hydra: Hydra) -> Plan:
     return Plan(composed, basic_sweeper, launcher, -1 if jobs is None else jobs, runs_here)
 
 
-def _take_joblib(words: list[str]) -> tuple[int | None, list[str]]:
-    """(how many points ``hydra/launcher=joblib`` runs at once, the other words).
-
-    Hydra's launcher of this name needs a package of its own, and its workers share the fate of the first one that is
-    killed. scclr runs every point in a process of its own instead.
-    """
-    if "hydra/launcher=joblib" not in words:
-        return None, words
-    given = dict(word.split("=", 1) for word in words if word.startswith("hydra.launcher.") and "=" in word)
-    other = [key for key in given if key != "hydra.launcher.n_jobs"]
-    require(not other, f"{''.join(other[:1])}: hydra/launcher=joblib takes hydra.launcher.n_jobs only")
-    jobs = given.get("hydra.launcher.n_jobs", "-1")
-    known = re.fullmatch(r"-?[1-9]\d*", jobs) is not None
-    require(known, f"hydra.launcher.n_jobs={jobs}: give a number of runs at once, or -1 for one on each core or GPU")
-    rest = [word for word in words if word != "hydra/launcher=joblib" and not word.startswith("hydra.launcher.")]
-    return int(jobs), rest
-
-
 def _parse_override(parser: OverridesParser, word: str) -> Override:
     try:
         return parser.parse_overrides([word])[0]
@@ -208,11 +182,6 @@ def _parse_override(parser: OverridesParser, word: str) -> Override:
         advice = "write key=value, such as alpha=0.5, and special characters in quotes, as in \"key='a b'\""
         detail = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"{word}: {advice} ({detail})") from error
-
-
-def _short_float(word: str) -> str:
-    """``alpha=0.30000000000000004``, which a range of floats makes, as ``alpha=0.3``."""
-    return re.sub(r"\d+\.\d{14,}", lambda number: f"{float(number[0]):.12g}", word)
 
 
 def resolve_job(config: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> TrainConfig:
@@ -248,7 +217,8 @@ def _refuse_unknown_choices(hydra: Hydra, command: CommandLine, overrides: list[
         else:
             value = override.value()
             values = list(value) if isinstance(value, list) else ["null" if value is None else str(value)]
-        for value in (str(value).strip("'\"") for value in values):
+        names = (name for value in values for name in str(value).strip("[]").split(","))  # [a,b] is a value of a sweep
+        for value in (name.strip("'\"") for name in names if name):
             message = f"{key}={value}: no such {key}{did_you_mean(value, choices)} (choices: {', '.join(choices)})"
             advice = "; to name the folder of the run, type name=..." if key == "experiment" else ""
             require(value in ("null", *choices), message + advice)
@@ -271,7 +241,15 @@ def _unknown_key(key: str, hydra: Hydra, command: CommandLine) -> str:
     if any(dotted(override) == f"{group}._target_" for override in command.overrides):
         return f"{key}: not in the YAML of {group}; type +{key}=... for an argument that {group}._target_ takes"
     choices = [word for word in command.overrides if re.fullmatch(r"[a-z]+=\w+", word) and root_key(word) in COMPONENTS]
-    return unknown_key(key, _known_keys(hydra, command, choices))
+    lists = r"protocol=\[?[\w, ]+\]?|\+dataset@probe\.[\w.]+=\w+"
+    choices += [word for word in command.overrides if re.fullmatch(lists, word)]
+    known = _known_keys(hydra, command, choices)
+    found = re.match(r"probe\.(protocols|transfer)\.(\w+)", key)
+    group = "protocol" if found and found[1] == "protocols" else "dataset"
+    if found and found[0] not in known and found[2] in _options(hydra, command, group, ObjectType.CONFIG):
+        chosen = [name.split(".")[2] for name in known if re.fullmatch(rf"probe\.{found[1]}\.\w+", name)]
+        return f"{key}: {found[2]} is not chosen; type probe.{found[1]}=[{','.join([*chosen, found[2]])}]"
+    return unknown_key(key, known)
 
 
 def _known_keys(hydra: Hydra, command: CommandLine, choices: list[str]) -> list[str]:

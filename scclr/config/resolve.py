@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from scclr.config.build import argument_defaults, find_component, is_own, source_file, typed_arguments
-from scclr.config.errors import UserError, did_you_mean, one_line, require
+from scclr.config.errors import UserError, one_line, require
 from scclr.config.schema import COMPONENTS, TrainConfig
+from scclr.config.words import dotted, root_key, unknown_key
 
 # What a run without pretraining takes from the checkpoint that it evaluates. The theory may use another augmentation.
 ADOPTED = (
@@ -108,8 +109,10 @@ def identify(config: TrainConfig, data: str) -> RunIdentity:
 
 def sources(config: TrainConfig) -> dict[str, Path]:
     """The Python files of the components that are not scclr's own, by configuration group."""
-    files = {group: source_file(group, getattr(config, group)) for group in COMPONENTS}
-    return {group: path for group, path in files.items() if path is not None}
+    nodes = [(key, node) for key, node in components(asdict(config)) if key in COMPONENTS or "protocols" in key]
+    files = {key: source_file(key, node) for key, node in nodes}
+    names = {key: key.replace("probe.protocols.", "protocol_") for key in files}
+    return {names[key]: path for key, path in files.items() if path is not None}
 
 
 def essence(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,6 +125,13 @@ def essence(plain: Mapping[str, Any]) -> dict[str, Any]:
         found[group] = _component_essence(group, kept[group])
     if kept["probe"].get("dataset") is not None:
         found["probe"]["dataset"] = _component_essence("dataset", kept["probe"]["dataset"])
+    if "transfer" in found["probe"]:
+        others = found["probe"]["transfer"].items()
+        found["probe"]["transfer"] = {name: _component_essence("dataset", node) for name, node in others}
+    nodes = kept["probe"].get("protocols", {})
+    found["probe"]["protocols"] = {
+        name: _component_essence(f"probe.protocols.{name}", node) for name, node in nodes.items()
+    }
     return found
 
 
@@ -147,6 +157,8 @@ def _without_defaults(plain: Mapping[str, Any], schema: type) -> dict[str, Any]:
 
 
 def _default(field: "Field[Any]") -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
     return object() if field.default in (MISSING, NO_DEFAULT) else field.default
 
 
@@ -176,14 +188,14 @@ def restore(
     saved: Mapping[str, Any],
     source: str,
     trust: Iterable[str] = (),
-    groups: Iterable[str] = (*COMPONENTS, "probe.dataset"),
+    groups: Iterable[str] | None = None,
 ) -> TrainConfig:
     """A configuration that was saved with a run, checked. Nothing in it may run code or read the environment.
 
     Args:
         source: where it comes from, for messages.
         trust: packages outside scclr whose code its components may be.
-        groups: the parts of ``saved`` that come from there.
+        groups: the parts of ``saved`` that come from there; None if all do.
 
     Raises:
         UserError: it is no configuration of this version, holds an interpolation, or names a component that is neither
@@ -191,7 +203,7 @@ def restore(
     """
     require(not _interpolates(saved), f"{source}: its configuration holds an interpolation (${{)")
     for group, node in components(saved):
-        if group not in groups or is_own(group.split(".")[-1], node):
+        if (groups is not None and group not in groups) or is_own(group, node):
             continue
         target = str(node.get("_target_", ""))
         package = target.split(".")[0]
@@ -199,16 +211,32 @@ def restore(
         code = f"its {group} is {target}, and to build that is to run code that this checkpoint chooses"
         require(trusted, f"{source}: {code}; if you trust both, type trust=[{package}]")
     try:
-        return resolve(OmegaConf.create(dict(saved)))
+        return resolve(OmegaConf.create(_with_protocols(saved)))
     except UserError as error:
         raise UserError(f"{source}: another version of scclr wrote it ({error})") from error
 
 
+def _with_protocols(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """``saved``, where the older form of ``probe``, with the options of its two protocols in itself, is replaced."""
+    probe = dict(saved["probe"])
+    if not probe.keys() >= {"l2", "max_iter", "knn_k", "knn_temperature"}:
+        return dict(saved)
+    logreg = {"_target_": "scclr.evaluate.logreg.LogReg"} | {key: probe.pop(key) for key in ("l2", "max_iter")}
+    voting = {key: probe.pop(key) for key in ("knn_k", "knn_temperature")}
+    knn = {"_target_": "scclr.evaluate.knn.Knn"} | {key[4:]: [value] for key, value in voting.items()}
+    protocols = {"logreg": logreg, "knn": knn}
+    return {**saved, "probe": {**probe, "protocols": protocols}, "pretrain": {**saved["pretrain"], **voting}}
+
+
 def components(saved: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """The nodes of a configuration that name code, by their keys."""
-    other = saved["probe"].get("dataset")
-    nodes = [(group, saved[group]) for group in COMPONENTS]
-    return nodes if other is None else [*nodes, ("probe.dataset", other if isinstance(other, Mapping) else {})]
+    nodes: list[tuple[str, Any]] = [(group, saved[group]) for group in COMPONENTS]
+    if (other := saved["probe"].get("dataset")) is not None:
+        nodes.append(("probe.dataset", other))
+    for group in ("protocols", "transfer"):
+        if isinstance(found := saved["probe"].get(group), Mapping):
+            nodes += [(f"probe.{group}.{name}", node) for name, node in found.items()]
+    return [(key, node if isinstance(node, Mapping) else {}) for key, node in nodes]
 
 
 def _interpolates(node: object) -> bool:
@@ -251,23 +279,6 @@ def refuse_ignored(config: TrainConfig, overrides: Iterable[str]) -> None:
             key = root_key(override)
             read = key not in ADOPTED or (key == "augment" and "theory" in config.stages)
             require(read, f"{override}: {stages} takes {key} from init_from; drop it")
-
-
-def dotted(override: str) -> str:
-    """The key that an override of the command line sets."""
-    return override.lstrip("+~").split("=")[0]
-
-
-def root_key(override: str) -> str:
-    """The first part of that key."""
-    return dotted(override).split(".")[0]
-
-
-def unknown_key(key: str, known: Iterable[str]) -> str:
-    """What to say of a key that nobody reads."""
-    if "accumul" in key:
-        return f"{key}: adding up small batches adds no negatives; type pretrain.micro_batch=... for the whole gradient"
-    return f"{key}: no such key{did_you_mean(key, known) or '; `scclr train --help` lists the keys'}"
 
 
 def _refuse_unknown(config: DictConfig, schema: type, prefix: str) -> None:

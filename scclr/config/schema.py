@@ -19,6 +19,7 @@ from scclr.config.errors import require, require_choice, require_range
 
 STAGES = ("pretrain", "probe", "theory")
 LARGEST = 1e9  # of all floats; the keys have narrower ranges of their own
+LAYERS = ("h", "z")
 COMPONENTS = ("dataset", "augment", "encoder", "loss", "optimizer")
 
 
@@ -57,8 +58,14 @@ class PretrainConfig:
     log_every: int = described("steps between two rows of metrics.jsonl")
     knn_every: int = described("epochs between two kNN evaluations on the validation split; 0 never evaluates")
     knn_images: int = described("at most this many training images serve as neighbours in these evaluations")
+    knn_k: int = described("number of nearest neighbours that vote in these evaluations", 20)
+    knn_temperature: float = described("a neighbour's vote has the weight exp(cosine / knn_temperature)", 0.07)
+    quality_every: int = described("epochs between two measurements of quality without labels; 0 never measures", 20)
+    online_probe: bool = described("train a linear classifier on h beside the encoder; it reads training labels", False)
 
     def __post_init__(self) -> None:
+        require_range("pretrain", self, quality_every=(0, 10**9))
+        require_range("pretrain", self, knn_k=(1, 10**6), knn_temperature=(1e-6, 1e6))
         require_range("pretrain", self, epochs=(1, 10**9), batch_size=(2, 10**9), warmup=(0, 1))
         require_range("pretrain", self, log_every=(1, 10**12), knn_every=(0, 10**9), knn_images=(1, 10**12))
         if self.micro_batch is not None:
@@ -73,17 +80,29 @@ class PretrainConfig:
 class ProbeConfig:
     """How a frozen encoder is evaluated."""
 
-    l2: list[float] = described("L2 strengths of the logistic regression; the validation split chooses one")
-    max_iter: int = described("at most this many L-BFGS iterations in a fit")
-    knn_k: int = described("number of nearest neighbours that vote")
-    knn_temperature: float = described("a neighbour's vote has the weight exp(cosine / knn_temperature)")
+    protocols: dict[str, Any] = described("what evaluates: some of the group protocol, as in [logreg,knn]")
     batch_size: int = described("images in a forward pass")
     dataset: dict[str, Any] | None = described("what the encoder is evaluated on; null is the data of the run", None)
+    layers: list[str] = field(
+        default_factory=lambda: ["h"], metadata={"help": "features to evaluate: [h], the projector's [z], or [h,z]"}
+    )
+    transfer: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "more datasets to evaluate on, as in [mnist,svhn]"}
+    )
 
     def __post_init__(self) -> None:
-        require_each("probe.l2", self.l2, 1e-12, 1e6)
-        require_range("probe", self, max_iter=(1, 10**6), knn_k=(1, 10**6), batch_size=(1, 10**6))
-        require_range("probe", self, knn_temperature=(1e-6, 1e6))
+        require_range("probe", self, batch_size=(1, 10**6))
+        layers = [layer for layer in LAYERS if layer in self.layers]
+        chosen = f"probe.layers=[{','.join(self.layers)}]"
+        require(layers == list(self.layers) != [], f"{chosen}: choose [h], [z] or [h,z]")
+        require(len(self.protocols) > 0, "probe.protocols=[]: choose one or more, as in probe.protocols=[logreg,knn]")
+        for group in ("protocols", "transfer"):
+            for name, node in (nodes := getattr(self, group)).items():
+                plain = re.fullmatch(r"[a-z]\w{0,63}", str(name)) is not None
+                require(plain, f"probe.{group}.{name}: give a name of letters, digits and _")
+                known = isinstance(node, Mapping) and "_target_" in node
+                advice = f"type probe.{group}=[{','.join(nodes)}], or drop probe.{group}.{name}"
+                require(known, f"probe.{group}.{name}: not chosen, so nothing would read it; {advice}")
 
 
 @dataclass

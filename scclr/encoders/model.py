@@ -38,6 +38,11 @@ class Model(nn.Module):
     def channels(self) -> int:
         return self.mean.shape[1]
 
+    def width(self, layer: str) -> int:
+        """D of ``h`` or P of ``z``."""
+        last = list(self.projector)[-1:] if layer == "z" else []
+        return int(last[0].out_features if last else self.encoder.feature_dim)  # type: ignore[arg-type]
+
     def represent(self, images: Tensor) -> Tensor:
         """Representations h [B, D] of float images [B, C, H, W] in [0, 1]."""
         # On a CPU, images in channels_last broadcast several times faster against a whole image than against a pixel.

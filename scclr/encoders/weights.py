@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from scclr.config.errors import UserError, one_line, require
-from scclr.config.resolve import ADOPTED, root_key
+from scclr.config.resolve import ADOPTED
+from scclr.config.words import root_key
 from scclr.config.schema import TrainConfig, require_each
 
 SUFFIXES = (".pth", ".pth.tar", ".bin", ".safetensors")  # scclr's own checkpoints end in .pt

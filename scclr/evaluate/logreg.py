@@ -13,14 +13,42 @@ import torch
 from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
+from scclr.evaluate.protocol import Features, Outcome, Part, Protocol, require_grid, require_number
+from scclr.evaluate.scores import Tally
 from scclr.run import distributed
-
-Part = tuple[Tensor, Tensor]  # features [N, D] of any floating type, and labels int64 [N]
 
 BLOCK = {"cpu": 2**20, "cuda": 2**26}  # numbers that are in float64 at once; on a CPU they should fit its cache
 CURVATURE_ROWS = 32  # times D: images that the curvature is estimated from
 PAIRS = 20  # of preceding steps and gradients that L-BFGS keeps
 TO_CHOOSE, TO_TEST = 1e-5, 1e-7  # what a fit may leave to gain of its objective, as ``fit_logreg`` estimates it
+
+
+class LogReg(Protocol):
+    """Multinomial logistic regression on standardized features.
+
+    The L2 strength is chosen on the validation split. Then the model is fitted again on what may be learned from
+    (``Features.known``), and tested once.
+
+    Args:
+        l2: strengths of the penalty of the mean loss; in scikit-learn's terms 1 / (C N).
+        max_iter: at most this many L-BFGS iterations in a fit.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(self, *, l2: list[float], max_iter: int) -> None:
+        require_grid("l2", l2, 1e-12, 1e6)
+        require_number("max_iter", max_iter, 1, 10**6)
+        self.l2, self.max_iter = l2, max_iter
+
+    def __call__(self, features: Features) -> Outcome:
+        classes = features.classes
+        choice = choose_l2(features.train, features.validation, classes, self.l2, self.max_iter)
+        fit = fit_logreg(features.known, classes, choice.l2, self.max_iter, choice.fit.weights)
+        tally = tested(features, fit.weights)
+        chosen = {"l2": choice.l2, "gradient": fit.gradient}
+        return Outcome(tally.metrics(features.splits), choice.validation, chosen, tally.confusion)
 
 
 class Fit(NamedTuple):
@@ -181,6 +209,14 @@ def blocks(parts: Sequence[Part], width: int) -> Iterator[Part]:
         rows = max(1, BLOCK.get(x.device.type, BLOCK["cuda"]) // width)
         for some, labels in zip(x.split(rows), y.split(rows), strict=True):
             yield some.double(), labels
+
+
+def tested(features: Features, weights: Tensor) -> Tally:
+    """The scores of the test split under ``weights`` [K, D + 1]."""
+    tally = Tally(len(weights), weights.device)
+    for x, y in blocks([features.test], sum(weights.shape)):
+        tally.add(torch.addmm(weights[:, -1], x, weights[:, :-1].T), y)
+    return tally
 
 
 def predict(x: Tensor, weights: Tensor) -> Tensor:

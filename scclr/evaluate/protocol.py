@@ -1,10 +1,11 @@
-"""What an evaluation protocol sees and returns, and the metrics that classifiers share.
+"""What an evaluation protocol sees and returns.
 
 Dimensions: N images, D features, K classes.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from scclr.datasets import Splits
 from scclr.encoders.model import Model
-from scclr.evaluate.logreg import Part
+
+Part = tuple[Tensor, Tensor]  # features [N, D] of any floating type, and labels int64 [N]
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,19 @@ class Features:
         """What the tested fit may learn from: training images, and those of validation if ``splits.refit``."""
         return [self.train, self.validation] if self.splits.refit else [self.train]
 
+    @property
+    def classes(self) -> int:
+        """K."""
+        return len(self.splits.classes)
+
 
 @dataclass(frozen=True)
 class Outcome:
     """The numbers of one protocol.
 
     Args:
-        metrics: by name, such as ``top1``; accuracies are fractions in [0, 1].
+        metrics: by name, such as ``top1``; accuracies are fractions in [0, 1]. The table of a run shows ``top1`` or
+            ``nmi``, or else the first.
         validation: what the choice was made by, on the validation split; None without a choice.
         chosen: what was chosen there, and what the fit reports about itself.
         confusion: int64 [K, K] on the test split, rows the true classes; None if the protocol predicts no classes.
@@ -68,6 +76,16 @@ class Protocol(ABC):
     version: ClassVar[int] = 1
     baselines: ClassVar[bool] = True  # whether the untrained encoder and raw pixels are evaluated too
 
+    def check(self, splits: Splits) -> None:  # noqa: B027
+        """Refuse data that do not allow this protocol, before anything is trained. Nothing is refused by default.
+
+        Args:
+            splits: their labels are whole in every process.
+
+        Raises:
+            UserError: the message says what to type instead; it is printed after ``probe.protocols.<name>: ``.
+        """
+
     @abstractmethod
     def __call__(self, features: Features) -> Outcome:
         """Evaluate.
@@ -75,3 +93,16 @@ class Protocol(ABC):
         Raises:
             UserError: the data or the encoder do not allow this protocol.
         """
+
+
+def require_grid(name: str, values: Sequence[float], least: float, greatest: float) -> None:
+    """Raise ``ValueError`` unless ``values`` are one or more different numbers in [least, greatest]."""
+    fit = all(math.isfinite(value) and least <= value <= greatest for value in values)
+    if not (fit and 0 < len(values) == len(set(values))):
+        raise ValueError(f"{name}={list(values)}: give one or more different numbers, from {least:g} to {greatest:g}")
+
+
+def require_number(name: str, value: float, least: float, greatest: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is in [least, greatest]."""
+    if not least <= value <= greatest:
+        raise ValueError(f"{name}={value}: give a number from {least:g} to {greatest:g}")

@@ -1,5 +1,6 @@
 """What every loss is made of: the base class, the terms that it returns, and checks of its arguments."""
 
+import math
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -24,6 +25,13 @@ class LogSumExpForm(NamedTuple):
 
     temperature: float
     decoupled: bool  # the sum leaves out the views of the anchor's own image
+
+    def collapsed(self, images: int, views: int) -> float:
+        """A + R where all embeddings of ``images`` with ``views`` each coincide: the logarithm of the number of terms.
+
+        This is NT-Xent, whatever alpha is. It is also the value where positives are as similar as all other pairs.
+        """
+        return math.log(views * (images - 1) if self.decoupled else views * images - 1)
 
 
 class Loss(nn.Module):

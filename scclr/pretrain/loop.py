@@ -17,6 +17,7 @@ from scclr.config.errors import require
 from scclr.config.schema import PretrainConfig
 from scclr.datasets import ImageSet
 from scclr.datasets.loader import Batch, batches, with_view_size
+from scclr.evaluate.quality import Quality
 from scclr.losses import GlobalBatch, LossTerms
 from scclr.pretrain.metrics import embedding_metrics
 from scclr.pretrain.optim import lr_factor, set_lr
@@ -37,6 +38,7 @@ def pretrain(
     checkpoints: Checkpoints,
     log: Log,
     validate: Callable[[], float],
+    measure: Callable[[], Quality],
 ) -> None:
     """Train ``state`` in place, from its step to the last one of ``config.epochs``.
 
@@ -47,6 +49,7 @@ def pretrain(
     Args:
         alpha: the balance as a function of the share of the training, from 0 to 1; None leaves the loss's own.
         validate: gives the kNN accuracy on the validation split.
+        measure: gives the quality of the model without labels.
 
     Raises:
         NotFiniteError: the loss is not finite; names the step.
@@ -78,13 +81,26 @@ def pretrain(
         state.window.add(terms)
         state.step = step + 1
 
-        knn_due = config.knn_every > 0 and state.step % (config.knn_every * steps_per_epoch) == 0
-        if state.step % config.log_every == 0 or knn_due or state.step == total:
+        knn_due, quality_due = (
+            every > 0 and state.step % (every * steps_per_epoch) == 0
+            for every in (config.knn_every, config.quality_every)
+        )
+        last = state.step == total
+        if state.step % config.log_every == 0 or knn_due or quality_due or last:
             row = {"epoch": state.step / steps_per_epoch, "lr": lr}
             row |= state.window.means(state.step, batch_size)
             row |= {"knn": validate()} if knn_due else {}
-            log.row(state.step, row | embedding_metrics(state.loss, z, batch.labels))
+            row |= measure().metrics if quality_due else {}
+            row |= {} if state.online is None else state.online.top1()
+            row |= embedding_metrics(state.loss, z, batch.labels)
+            log.row(state.step, row)
             state.window = LossWindow(state.step)
+            state.watch.note(row)
+            if last or (quality_due and state.step > warmup):
+                form = state.loss.logsumexp_form()
+                collapsed = None if form is None else form.collapsed(images=z.shape[1], views=z.shape[0])
+                for line in state.watch.judge(row, collapsed):
+                    log.say(line)
         if due := checkpoints.due(state.step):
             checkpoints.save(state.state_dict(), due)
 
@@ -122,11 +138,14 @@ def train_step(
             views = augment(images[part], seed=seed, step=state.step, first=first + part.start, total=len(batch.labels))
         mixed = torch.autocast(images.device.type, dtype) if dtype != torch.float32 else nullcontext()
         with mixed:
-            _, z = network(views.contiguous(memory_format=memory_format))  # [V part, P], unit rows, float32
+            h, z = network(views.contiguous(memory_format=memory_format))  # [V part, P], unit rows, float32
+        if state.online is not None and len(hidden) < len(parts):
+            hidden.append(h.detach().unflatten(0, (-1, part.stop - part.start)))
         return z.unflatten(0, (-1, part.stop - part.start))  # [V, part, P]
 
     size = micro_batch or len(images)
     parts = [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
+    hidden: list[Tensor] = []  # h of each part [V, part, D], for the online probe
     state.optimizer.zero_grad(set_to_none=True)
     if len(parts) == 1:
         z = embed(parts[0])  # [V, B, P]
@@ -136,7 +155,8 @@ def train_step(
         z.requires_grad_()
     all_z = distributed.gather(z.transpose(0, 1)).transpose(0, 1)  # [V, G, P]
     global_batch = GlobalBatch(tuple(all_z), batch.labels, first) if distributed.world_size() > 1 else None
-    terms = state.loss(*z, labels=distributed.shard(batch.labels), global_batch=global_batch)
+    labels = distributed.shard(batch.labels)
+    terms = state.loss(*z, labels=labels, global_batch=global_batch)
     state.scaler.scale(terms.total).backward()
     if len(parts) > 1:
         for part in parts:  # gradients are averaged over processes once, with the last part
@@ -144,6 +164,8 @@ def train_step(
                 embed(part).backward(z.grad[:, part])  # type: ignore[index]
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    if state.online is not None:
+        state.online.learn(torch.cat(hidden, 1), labels)
     if images.device.type != "cpu":  # the device is still busy with this step
         augment.prepare(images, seed=seed, step=state.step + 1, total=len(batch.labels))
     return LossTerms(*(term.detach() for term in terms)), all_z.detach()

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scclr.evaluate.quality import eigenvalues, entropy_rank
 from scclr.losses import Loss
 from scclr.losses.pairs import widen
-from scclr.run.machine import decompose
 
 MEASURED_VIEWS = 4096  # of a batch: 8 million pairs, and no process is kept waiting for the one that measures
 SOFTMAX_ROWS = 1024  # anchors whose softmax is in memory at a time
@@ -64,7 +64,7 @@ def uniformity(*views: Tensor, t: float = 2.0) -> Tensor:
 
 
 def effective_rank(z: Tensor) -> Tensor:
-    """Effective rank of z [N, P], in [1, P] (Roy & Vetterli 2007; RankMe, Garrido et al. 2023).
+    """Effective rank of z [N, P], in [1, P] (Roy & Vetterli 2007): RankMe of a batch of views, without its epsilon.
 
     The singular values are the roots of the eigenvalues of the Gram matrix, P x P or N x N. Rounding moves these by
     about eps times the largest one, and thus a small singular value by sqrt(eps) times the largest: 1e-8 in float64,
@@ -72,14 +72,7 @@ def effective_rank(z: Tensor) -> Tensor:
     """
     z = z.double()
     gram = z.T @ z if len(z) >= z.shape[1] else z @ z.T
-    eigenvalues = decompose(torch.linalg.eigvalsh, gram)  # ascending
-    noise = len(gram) * torch.finfo(gram.dtype).eps * eigenvalues[-1]
-    return entropy_rank(torch.where(eigenvalues > noise, eigenvalues, 0).sqrt())
-
-
-def entropy_rank(singular: Tensor) -> Tensor:
-    """exp of the entropy of singular values that are normalized to sum to 1 (Roy & Vetterli 2007)."""
-    return torch.special.entr(singular / singular.sum()).sum().exp()
+    return entropy_rank(eigenvalues(gram).sqrt())
 
 
 def tangent_gradients(terms: Callable[[Tensor], Sequence[Tensor]], z: Tensor) -> list[Tensor]:

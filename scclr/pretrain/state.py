@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch.optim import Optimizer
 from scclr.config.errors import UserError, one_line
 from scclr.encoders.model import Model
 from scclr.losses import Loss, LossTerms
+from scclr.pretrain.online import OnlineProbe
 from scclr.run import distributed
+
+NEAR_COLLAPSE, MOST_REPELLED, LEAST_RANK = 0.01, 0.5, 0.5  # beyond which ``Watch`` warns
 
 
 class NotFiniteError(UserError):
@@ -73,6 +77,54 @@ class LossWindow:
         return {"loss": total, "attract": attract, "repel": repel, "images_per_second": speed}
 
 
+class Watch:
+    """What looks wrong in a training, as the rows of its log tell: a sentence for each kind, said once."""
+
+    def __init__(self) -> None:
+        self.first_rank = math.nan
+        self.said: dict[str, str] = {}
+
+    def note(self, row: Mapping[str, float]) -> None:
+        """Remember the first effective rank that was logged."""
+        if math.isnan(self.first_rank):
+            self.first_rank = row.get("effective_rank", math.nan)
+
+    def judge(self, row: Mapping[str, float], collapsed: float | None) -> list[str]:
+        """The sentences about ``row`` that have not been said yet.
+
+        Args:
+            collapsed: A + R where all embeddings coincide; None if that is not known of the loss.
+        """
+        found, rank = {}, row.get("effective_rank", math.nan)
+        both, repelled = row["attract"] + row["repel"], row.get("admission/repelled", 0.0)
+        if collapsed is not None and abs(both - collapsed) <= NEAR_COLLAPSE * collapsed:
+            found["collapsed"] = (
+                f"A + R is {both:.4g}, within 1 % of {collapsed:.4g}, its value where all embeddings coincide: views "
+                "of an image are no more alike than others; lower alpha or optimizer.lr, or weaken the augmentation"
+            )
+        if rank < LEAST_RANK * self.first_rank:
+            found["rank"] = (
+                f"the effective rank of the embeddings fell from {self.first_rank:.3g} to {rank:.3g}: they use ever "
+                "fewer dimensions; lower alpha, or see spectrum.json"
+            )
+        if repelled > MOST_REPELLED:
+            found["repelled"] = (
+                f"{repelled:.0%} of the positives are pushed apart: alpha is too low for this temperature and batch "
+                "size; raise alpha or loss.temperature"
+            )
+        new = {kind: text for kind, text in found.items() if kind not in self.said}
+        self.said |= new
+        return list(new.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"first_rank": self.first_rank, "said": dict(self.said)}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.first_rank, self.said = float(saved["first_rank"]), {str(k): str(v) for k, v in saved["said"].items()}
+
+
 @dataclass
 class TrainState:
     """The model and all that is needed to train it further."""
@@ -83,6 +135,8 @@ class TrainState:
     scaler: torch.amp.GradScaler
     step: int = 0  # steps that are finished
     window: LossWindow = field(default_factory=LossWindow)
+    watch: Watch = field(default_factory=Watch)
+    online: OnlineProbe | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds. Every process of a group must call this.
@@ -93,7 +147,8 @@ class TrainState:
         window = self.window.state_dict()
         if not all(bool(x.isfinite().all()) for x in self.model.state_dict().values()):
             raise NotFiniteError(self.step)
-        return {**self.weights(), "window": window}
+        online = {} if self.online is None else {"online": self.online.state_dict()}
+        return {**self.weights(), "window": window, "watch": self.watch.state_dict(), **online}
 
     def weights(self) -> dict[str, Any]:
         """``state_dict`` without the window, and without a check."""
@@ -121,6 +176,10 @@ class TrainState:
             self.step = saved["step"]
             self.window = LossWindow(self.step)
             self.window.load_state_dict(saved["window"], next(self.model.parameters()).device)
+            if "watch" in saved:  # an older checkpoint has none
+                self.watch.load_state_dict(saved["watch"])
+            if self.online is not None:
+                self.online.load_state_dict(saved["online"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             detail = one_line(error).rstrip(": ")
             message = f"the checkpoint does not fit this run ({detail}): type overwrite=true to begin anew"

@@ -6,9 +6,11 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from scclr.config.errors import UserError, one_line, require
 
@@ -56,6 +58,11 @@ def write_json(path: Path, value: Any) -> None:
         ValueError: a number in it is not finite.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False))
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write named arrays as an npz file, compressed, atomically."""
+    write_atomic(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import sys
 import tempfile
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from scclr.config.errors import UserError, one_line
+from scclr.run import distributed, machine
+from scclr.run.files import storage_error
 from scclr.run.lock import HeldError
 from scclr.run.output import survive_closed_output
 from scclr.run.preemption import SIGNALS, SILENT, STOPPED, Stop, blocked_signals, stop_process
@@ -54,6 +57,26 @@ def launch(work: Callable[[Any], None], argument: Any, processes: int) -> None:
             raise _failure(rank, failure.exitcode, _report(folder, rank)) from error
         finally:
             logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def working(device: torch.device, deterministic: bool | None) -> Iterator[tuple[torch.device, Stop]]:
+    """What each process of a run works in: its group, signals, kernels, and errors of the disk in one line.
+
+    Args:
+        deterministic: use only kernels that repeat bit by bit; None: on a CPU.
+
+    Yields:
+        This process's own device, and what signals ask for.
+    """
+    machine.keep_freed_memory()
+    try:
+        with Stop() as stop, distributed.process_group(device) as own:
+            repeatable = own.type == "cpu" if deterministic is None else deterministic
+            with machine.deterministic_kernels(repeatable):
+                yield own, stop
+    except OSError as error:
+        raise storage_error(error) or error from error
 
 
 def _agent(processes: int, logs: str) -> LaunchConfig:

@@ -23,6 +23,7 @@ DISCARDED = (  # by overwrite=true
     *("result.json", *GENERATIONS, "damaged.pt", "crash.pt"),
     *("metrics.jsonl", "theory.json", "views.png", "error.txt"),
 )
+EVALUATIONS = "evaluations"  # the folder of what ``scclr evaluate`` adds to a run; it is discarded too
 KEPT = (*GENERATIONS, "crash.pt", "metrics.jsonl", "result.json")  # with contents, they keep a failed run's folder
 PATIENCE = 0.25  # seconds to wait for a lock, since `is_locked` in another process takes it for a moment
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system without them
@@ -62,6 +63,8 @@ def run_lock(directory: Path, overwrite: bool) -> Iterator[None]:
             remove_partials(directory)
             for name in DISCARDED if overwrite else ("error.txt",):
                 (directory / name).unlink(missing_ok=True)
+            if overwrite:
+                shutil.rmtree(directory / EVALUATIONS, ignore_errors=True)
             yield
         except Exception as error:
             known = run_folder_error(error, directory) if isinstance(error, OSError) else None

@@ -12,7 +12,10 @@ from tqdm import tqdm
 from scclr.run.preemption import SILENT
 
 LINE_SECONDS = 30  # between two lines, where there is no bar
-SHOWN = {"loss": "loss", "attract": "A", "repel": "R", "knn": "kNN", "lr": "lr", "images_per_second": "img/s"}
+SHOWN = {
+    **{"loss": "loss", "attract": "A", "repel": "R", "knn": "kNN", "online/top1": "probe"},
+    **{"lr": "lr", "images_per_second": "img/s"},
+}
 BAR = "{desc} {percentage:3.0f}% |{bar:12}| {elapsed}<{remaining}{postfix}"
 TIMES = "{desc} {percentage:3.0f}% {elapsed}<{remaining}{postfix}"
 BARE = "{percentage:3.0f}%{postfix}"

@@ -1,13 +1,14 @@
 """How the result of a run is shown."""
 
+import re
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from scclr.config.errors import UserError, require
+from scclr.config.errors import require
 from scclr.config.schema import TrainConfig, has_parts
 from scclr.run.files import is_number, read_json
 
@@ -15,6 +16,13 @@ NEEDED = ("metrics", "seconds", "config")  # the parts of every result
 NUMBERS = ("metrics", "seconds", "validation", "last")  # the parts that hold numbers
 ADVICE = "type overwrite=true to run it anew"
 TITLES = {"": "pretrained", "baseline/untrained/": "untrained encoder", "baseline/pixels/": "raw pixels"}
+# <data>/<baseline>/<layer>/<protocol>/<metric>/<group of a long tail>; only protocol and metric are always there.
+METRIC = re.compile(
+    r"(?P<data>[\w.-]+/)??(?P<baseline>baseline/\w+/)?(?P<layer>z/)?"
+    r"(?P<protocol>\w+-v\d+|probe/logreg|knn/k\d+)/"  # the last two are of older runs
+    r"(?P<metric>.+?)(?P<group>/(?:many|medium|few))?"
+)
+HEADLINES = ("top1", "nmi")  # what the table shows of a protocol; without one of these its first metric
 
 
 def read_result(directory: Path) -> dict[str, Any]:
@@ -31,17 +39,15 @@ def read_result(directory: Path) -> dict[str, Any]:
         whole = isinstance(part, dict) and (name not in NUMBERS or all(map(is_number, part.values())))
         whole = whole and (name != "config" or has_parts(part))
         require(whole, f"{path}: damaged (its {name}); {ADVICE}")
-    try:
-        _accuracies(result)
-        result["seconds"]["total"]
-    except KeyError as error:
-        raise UserError(f"{path}: damaged (it lacks {error}); {ADVICE}") from error
+    require("total" in result["seconds"], f"{path}: damaged (its seconds lack the total); {ADVICE}")
     return result
 
 
 def validation_accuracy(result: dict[str, Any]) -> float | None:
-    """What a sweeper may maximize: the accuracy of the probe, or else of kNN, on the validation split."""
-    found: float | None = result.get("validation", {}).get("probe/logreg", result.get("last", {}).get("pretrain/knn"))
+    """What a sweeper may maximize: on the validation split, what the first protocol that chooses there has chosen by,
+    or else the last accuracy of kNN during pretraining."""
+    chosen_by, last = result.get("validation", {}), result.get("last", {})
+    found: float | None = next(iter(chosen_by.values()), last.get("pretrain/knn"))
     return found
 
 
@@ -51,33 +57,38 @@ def summary(result: dict[str, Any], directory: Path, note: str) -> str:
     Args:
         note: what to type next.
     """
-    lines = ["", *_accuracies(result)]
+    lines = ["", *table(result["metrics"])]
     seconds = {"pretraining" if name == "pretrain" else name: value for name, value in result["seconds"].items()}
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name != "total" and value > 0)
     lines += [f"run   {directory}", f"time  {seconds['total']:.0f} s: {spent}", f"next  {note}"]
     return "\n".join(lines)
 
 
-def _accuracies(result: dict[str, Any]) -> list[str]:
-    """The accuracies as a table; nothing if there are none.
-
-    Raises:
-        KeyError: one of them is missing.
-    """
-    metrics, left_out = result["metrics"], result.get("left_out", {})
-    columns = [name for name in metrics if name.endswith("top1") and not name.startswith("baseline/")]
+def table(metrics: Mapping[str, float]) -> list[str]:
+    """The numbers of the protocols on the test split, a column for each; nothing if there are none."""
+    columns: dict[str, str] = {}  # the metric that is shown of each protocol
+    rows: dict[str, dict[str, float]] = {}  # by title, the values by protocol and metric
+    for name, value in metrics.items():
+        if (found := METRIC.fullmatch(name)) is None:
+            continue
+        shown = columns.setdefault(found["protocol"], found["metric"])
+        if found["metric"] in HEADLINES and shown not in HEADLINES:
+            columns[found["protocol"]] = found["metric"]
+        title = TITLES.get(found["baseline"] or "", name) + (", z" if found["layer"] else "")
+        title = f"{found['data']}{title}" if found["data"] else title
+        title = f"{title}, {found['group'][1:]} images" if found["group"] else title
+        row = rows.setdefault(title, {})
+        row[f"{found['protocol']}/{found['metric']}"] = value
     if not columns:
         return []
-    lines = [f"{'test accuracy, %':<18}" + "".join(f"{name:>20}" for name in columns)]
-    groups = [name.removeprefix(columns[0]) for name in metrics if name.startswith(f"{columns[0]}/")]
-    for prefix, title in TITLES.items():
-        if prefix in left_out:
-            continue
-        for group in ("", *groups):  # all, and of a long tail: /many, /medium, /few
-            values = [metrics[f"{prefix}{name}{group}"] for name in columns]
-            label = f"  {group[1:]} images" if group else title
-            lines.append(f"{label:<18}" + "".join(f"{100 * value:>20.2f}" for value in values))
-    return [*lines, ""]
+    wide = max(16, *map(len, rows)) + 2
+    names = [f"{protocol}/{metric}" for protocol, metric in columns.items()]
+    widths = [max(20, len(name) + 2) for name in names]
+    lines = [f"{'test split, %':<{wide}}" + "".join(f"{name:>{n}}" for name, n in zip(names, widths, strict=True))]
+    for title, row in rows.items():
+        cells = (f"{100 * row[name]:.2f}" if name in row else "" for name in names)
+        lines.append(f"{title:<{wide}}" + "".join(f"{cell:>{n}}" for cell, n in zip(cells, widths, strict=True)))
+    return [*(line.rstrip() for line in lines), ""]
 
 
 def hint(config: TrainConfig, directory: Path) -> str:

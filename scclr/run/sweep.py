@@ -137,15 +137,25 @@ def remembered(folder: Path) -> dict[str, str]:
     return known
 
 
+def points_of(folder: Path) -> list[Point]:
+    """Every run of a folder of runs: the points of its sweeps, and runs that belong to none.
+
+    Raises:
+        UserError: the record of its sweeps is damaged.
+    """
+    swept = remembered(folder) if folder.is_dir() else {}
+    files = sorted({*folder.glob("*/config.yaml"), *folder.glob("*/result.json")})
+    others = {path.parent.name: "" for path in files if path.parent.name not in swept}
+    return [Point(folder / name, words) for name, words in {**swept, **others}.items()]
+
+
 def status(folder: Path) -> list[str]:
     """Lines about every run of a folder of runs.
 
     Raises:
         UserError: there are none, or a file about them is damaged.
     """
-    swept = remembered(folder) if folder.is_dir() else {}
-    others = {path.parent.name: "" for path in sorted(folder.glob("*/config.yaml")) if path.parent.name not in swept}
-    points = [Point(folder / name, words) for name, words in {**swept, **others}.items()]
+    points = points_of(folder)
     require(len(points) > 0, f"{folder}: no runs; give a folder such as runs/default")
     for point in points:
         with suppress(FileNotFoundError):

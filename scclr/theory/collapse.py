@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scclr.pretrain.metrics import entropy_rank
+from scclr.evaluate.quality import entropy_rank
 from scclr.run.machine import decompose
 from scclr.theory.sample import Sample
 

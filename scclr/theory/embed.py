@@ -1,22 +1,17 @@
 """Embeddings of fresh augmented views, for the theory.
 
-Dimensions: n images, M views of each, V views a training step has, D features of h, P embedding dimensions of z,
-S pixels on the side of a view.
+Dimensions: n images, M views of each, D features of h, P embedding dimensions of z.
 """
-
-from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scclr.augment import Augment, with_channels
+from scclr.augment import Augment
 from scclr.datasets import ImageSet
-from scclr.datasets.loader import views
 from scclr.encoders.model import Model
+from scclr.evaluate.features import by_image, fresh_views
 from scclr.run.distributed import gather, rank, world_size
-
-FRESH = 2**40  # training steps have smaller numbers, so no training has seen the views of this step and later ones
 
 
 @torch.no_grad()
@@ -39,24 +34,6 @@ def embed(
         parts.append([by_image(x, len(part), count) for x in zip(*outputs, strict=True)])
     h, z = (_gather_rows(torch.cat(rows), share * batch, len(data)) for rows in zip(*parts, strict=True))
     return h, z
-
-
-def fresh_views(
-    data: ImageSet, augment: Augment, count: int, channels: int, *, seed: int, part: int
-) -> Iterator[Tensor]:
-    """As many steps' views [V n, C, S, S] as give ``count`` views of each image, none of which training has seen.
-
-    Args:
-        part: the number of these images among the parts of a set; each part has views of its own.
-    """
-    steps = -(-count // len(augment.views))
-    for step in range(FRESH + part * steps, FRESH + (part + 1) * steps):
-        yield with_channels(views(data, augment, seed=seed, step=step), channels)
-
-
-def by_image(outputs: Sequence[Tensor], images: int, count: int) -> Tensor:
-    """``count`` views of each image, [n, count, D], from the outputs [V n, D] of several steps."""
-    return torch.cat(list(outputs)).float().unflatten(0, (-1, images))[:count].transpose(0, 1)
 
 
 def _gather_rows(x: Tensor, rows: int, total: int) -> Tensor:

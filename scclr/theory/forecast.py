@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from scclr.augment import Augment
 from scclr.datasets import ImageSet
 from scclr.encoders.model import Model
+from scclr.evaluate.features import by_image, fresh_views
 from scclr.losses import LogSumExpForm
-from scclr.theory.embed import by_image, fresh_views
 from scclr.theory.thresholds import augmentation_correlations, edges
 
 FORECAST_IMAGES, FORECAST_VIEWS = 1024, 8

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scclr.augment import SAMPLE_STREAM, Augment, generator
+from scclr.augment import Augment
 from scclr.config.errors import UserError, one_line
 from scclr.config.schema import TheoryConfig
 from scclr.datasets import ImageSet
 from scclr.encoders.model import Model
+from scclr.evaluate.features import chosen_rows
 from scclr.losses import LogSumExpForm
 from scclr.theory.bound import bound
 from scclr.theory.collapse import collapse
@@ -51,11 +52,6 @@ BOUND_ROWS = {
 BOUND_METRICS = (*(name for name in BOUND_ROWS if name != "supervised"), "q_same", "nscl_gap")
 SPACES = {"z": "embedding z", "h": "representation h"}
 TITLE, COLUMN = 34, 17  # characters
-
-
-def chosen_rows(count: int, seed: int, images: int) -> Tensor:
-    """Which of ``count`` images ``measure`` takes: ``images`` of them, or all, drawn by ``seed``; int64 on the CPU."""
-    return torch.randperm(count, generator=generator(seed, 0, stream=SAMPLE_STREAM))[:images]
 
 
 @torch.no_grad()

@@ -220,7 +220,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_message(
     assert load(run_of(tmp_path))["step"] == step
     if full:
         finish(start(tmp_path, *line))
-        assert result_of(run_of(tmp_path))["metrics"]["probe/logreg/top1"] > 0.3
+        assert result_of(run_of(tmp_path))["metrics"]["logreg-v1/top1"] > 0.3
 
 
 def test_damage_is_never_loaded_and_costs_one_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,22 +1,15 @@
-"""The ``scclr`` command: its subcommands, help, exit codes, and one line for whatever the user can mend.
-
-This is the edge at which the terminal is told about errors. Exit codes: 0 done, 1 an error, 2 an unknown command, 75
-stopped by a signal (the same command goes on), 130 interrupted. A module is imported only when it is needed: help needs
-nothing, and a command line that does not compose is refused without importing torch.
-"""
+"""The commands about runs that are to come, and about folders of runs: ``train``, ``show``, ``sweep-status``."""
 
 import os
-import re
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from scclr import __version__
-from scclr.config.errors import UserError, did_you_mean, one_line, require
+from scclr.cli.errors import reported
+from scclr.config.errors import UserError, one_line, require
 
 if TYPE_CHECKING:
     from scclr.config.compose import CommandLine, Plan
@@ -46,88 +39,6 @@ Draw training images beside the views that pretraining will see of them, into vi
 examples
   scclr show dataset=fashion_mnist augment=crop
   scclr show dataset=imagefolder dataset.root=photos dataset.image_size=96 augment=byol"""
-
-NEW_HELP = """\
-usage: scclr new loss <name>
-
-Write <name>.py, my_conf/loss/<name>.yaml and test_<name>.py into the current folder: a loss of your own to start from.
-
-example
-  scclr new loss margin
-  scclr train --config-dir my_conf loss=margin alpha=0.4"""
-
-
-def main() -> NoReturn:
-    """Run ``sys.argv`` and exit. Modules of the user's own are found in the current folder, after all others."""
-    from scclr.run.output import survive_closed_output
-
-    survive_closed_output()
-    with suppress(OSError):  # the folder was deleted
-        sys.path += [folder for folder in (os.getcwd(),) if folder not in sys.path]
-    sys.exit(dispatch(sys.argv[1:]))
-
-
-def dispatch(argv: list[str]) -> int:
-    """Run one command line; returns the exit code."""
-    if argv and argv[0] in ("-sc", "--shell-completion"):  # the shell's completion knows no subcommands
-        os.environ["COMP_LINE"] = re.sub(r"^(\S+) +train\b", r"\1", os.environ.get("COMP_LINE", ""))
-        argv = ["train", *argv]
-    if not argv or argv[0] in ("-h", "--help"):
-        print(overview())
-        return 0
-    if "--version" in argv:
-        print(f"scclr {__version__}")
-        return 0
-    if argv[0] not in COMMANDS:
-        hint = did_you_mean(argv[0], COMMANDS) or "; `scclr --help` lists the commands"
-        print(f"scclr: error: no such command: {argv[0]}{hint}", file=sys.stderr)
-        return 2
-    command, _, help_text = COMMANDS[argv[0]]
-    words = [word for word in argv[1:] if word not in ("-h", "--help")]
-    if len(words) < len(argv) - 1:
-        return guarded(argv[0], lambda words: print(help_text(words)), words)
-    return guarded(argv[0], command, words)
-
-
-def overview() -> str:
-    """``scclr --help``."""
-    commands = "\n".join(f"  {name:<13} {summary}" for name, (_, summary, _) in COMMANDS.items())
-    return (
-        "scclr: self-supervised contrastive learning with a balance between attraction and repulsion\n\n"
-        f"usage: scclr <command> ...\n\ncommands\n{commands}\n\n`scclr <command> --help` says more.\n\n{EXAMPLES}"
-    )
-
-
-def guarded(name: str, command: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Run a command. An error that the user can mend is one line on standard error, any other has a traceback."""
-    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print tracebacks of its own: let exceptions come here
-    try:
-        command(argv)
-    except KeyboardInterrupt:
-        print(f"\nscclr {name}: interrupted; type the same command to go on from the last checkpoint", file=sys.stderr)
-        return 130
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
-    except Exception as error:
-        if full:
-            raise
-        print(f"scclr {name}: error: {reported(error)}", file=sys.stderr)
-        return 1
-    finally:
-        if not full:
-            del os.environ["HYDRA_FULL_ERROR"]
-    return 0
-
-
-def reported(error: Exception) -> str:
-    """One line about ``error``, after its traceback if it is not the user's. Under torchrun it names the process."""
-    number = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
-    rank = f"rank {number}: " if number else ""
-    if isinstance(error, UserError):
-        return f"{rank}{error}"
-    traceback.print_exception(error)
-    return f"{rank}{type(error).__name__}: {one_line(error)}"
 
 
 def train(argv: list[str]) -> None:
@@ -242,14 +153,19 @@ def run_point(prepared: Prepared, folder: str = "", shares: Sequence[str] = ()) 
         print(f"scclr train: error: {point.words}: {message}", file=sys.stderr)
 
 
-def sweep_status(argv: list[str]) -> None:
-    """``scclr sweep-status DIR``: what became of the runs of a folder, also while a sweep runs."""
-    from pathlib import Path
+def train_help(words: list[str]) -> str:
+    """``scclr train --help``; with ``--config-dir``, the choices of that folder too."""
+    from scclr.config.compose import described_keys, groups, parse
 
-    from scclr.run.sweep import status
-
-    require(len(argv) == 1, "type scclr sweep-status <folder of runs>, such as runs/default")
-    print("\n".join(status(Path(argv[0]))))
+    keys = "\n".join(f"  {key:<22} {text}" for key, text in described_keys())
+    choices = "\n".join(f"  {name:<15} {', '.join(stems)}" for name, stems in groups(parse(words)).items() if stems)
+    return (
+        "usage: scclr train [-m] [group=choice ...] [key=value ...]\n\n"
+        "Pretrain an encoder, then evaluate it frozen. With -m, do so for every combination of values.\n\n"
+        f"groups (group=choice; group.key=value sets a value inside)\n{choices}\n\n"
+        f"keys (key=value)\n{keys}\n\n{EXAMPLES}\n\n"
+        "`scclr train --cfg job` prints the composed configuration; `scclr train --hydra-help` lists Hydra's own flags."
+    )
 
 
 def show(argv: list[str]) -> None:
@@ -269,32 +185,11 @@ def show(argv: list[str]) -> None:
     print(write_sheet(page, identity.directory))
 
 
-def new(argv: list[str]) -> None:
-    """``scclr new loss NAME``: write the files that a loss of one's own starts from."""
-    from scclr.losses.new import write_loss
+def sweep_status(argv: list[str]) -> None:
+    """``scclr sweep-status DIR``: what became of the runs of a folder, also while a sweep runs."""
+    from pathlib import Path
 
-    require(len(argv) == 2 and argv[0] == "loss", "type scclr new loss <name>, such as scclr new loss margin")
-    print(write_loss(argv[1]))
+    from scclr.run.sweep import status
 
-
-def train_help(words: list[str]) -> str:
-    """``scclr train --help``; with ``--config-dir``, the choices of that folder too."""
-    from scclr.config.compose import described_keys, groups, parse
-
-    keys = "\n".join(f"  {key:<22} {text}" for key, text in described_keys())
-    choices = "\n".join(f"  {name:<15} {', '.join(stems)}" for name, stems in groups(parse(words)).items() if stems)
-    return (
-        "usage: scclr train [-m] [group=choice ...] [key=value ...]\n\n"
-        "Pretrain an encoder, then evaluate it frozen. With -m, do so for every combination of values.\n\n"
-        f"groups (group=choice; group.key=value sets a value inside)\n{choices}\n\n"
-        f"keys (key=value)\n{keys}\n\n{EXAMPLES}\n\n"
-        "`scclr train --cfg job` prints the composed configuration; `scclr train --hydra-help` lists Hydra's own flags."
-    )
-
-
-COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, Callable[[list[str]], str]]] = {
-    "train": (train, "pretrain an encoder and evaluate it frozen", train_help),
-    "sweep-status": (sweep_status, "count what is done, running, failed, stopped or missing", lambda _: STATUS_HELP),
-    "show": (show, "draw the views that pretraining will see", lambda _: SHOW_HELP),
-    "new": (new, "write the files that a loss of your own starts from", lambda _: NEW_HELP),
-}
+    require(len(argv) == 1, "type scclr sweep-status <folder of runs>, such as runs/default")
+    print("\n".join(status(Path(argv[0]))))

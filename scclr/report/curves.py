@@ -1,0 +1,90 @@
+"""The figures over the steps of the training, from the rows of ``metrics.jsonl``."""
+
+from collections.abc import Iterator, Sequence
+
+from scclr.report import drawing
+from scclr.report.drawing import Picture
+from scclr.report.study import Group, Study
+
+MOST = 6  # configurations in a figure
+FORCES = {
+    "pretrain/attract": "attraction A",
+    "pretrain/repel": "repulsion R",
+    "pretrain/gradient/attract": "gradient norm of A",
+    "pretrain/gradient/repel": "gradient norm of R",
+}
+LEARNING = {
+    "pretrain/knn": "kNN accuracy on validation images",
+    "pretrain/online/top1": "online probe on training views",
+    "pretrain/loss": "loss",
+}
+Curve = tuple[list[int], list[float], list[float], list[float]]  # steps; mean, lowest and highest over seeds
+
+
+def trainings(study: Study) -> Iterator[Picture]:
+    """The figures over training steps that the runs allow."""
+    groups = chosen(study)
+    for name, title, metrics in (
+        ("forces", "Attraction, repulsion and their gradients", FORCES),
+        ("learning", "Learning curves", LEARNING),
+    ):
+        if (picture := _draw(study, groups, name, title, metrics)) is not None:
+            yield picture
+
+
+def chosen(study: Study) -> list[Group]:
+    """The configurations whose curves are shown: the first setting's, with its baseline, evenly along the main axis."""
+    groups = list(study.settings[0][1])
+    if len(groups) <= MOST:
+        return groups
+    base = [group for group in groups if group.is_baseline]
+    rest = [group for group in groups if not group.is_baseline]
+    count = MOST - len(base)
+    even = [rest[round(i * (len(rest) - 1) / (count - 1))] for i in range(count)]
+    return [group for group in groups if any(group is one for one in [*base, *even])]
+
+
+def curve(group: Group, metric: str) -> Curve | None:
+    """A metric of the log over steps: mean and range over the seeds that have a value at the step."""
+    values: dict[int, list[float]] = {}
+    for run in group.runs:
+        for row in run.rows:
+            if metric in row:
+                values.setdefault(row["step"], []).append(float(row[metric]))
+    kept = sorted(step for step, found in values.items() if len(found) == max(map(len, values.values())))
+    if len(kept) < 2:
+        return None
+    columns = [values[step] for step in kept]
+    return kept, [sum(x) / len(x) for x in columns], [min(x) for x in columns], [max(x) for x in columns]
+
+
+def _draw(study: Study, groups: Sequence[Group], name: str, title: str, metrics: dict[str, str]) -> Picture | None:
+    known = {metric: [curve(group, metric) for group in groups] for metric in metrics}
+    known = {metric: curves for metric, curves in known.items() if any(curves)}
+    if not known:
+        return None
+    columns = min(2, len(known))
+    lines = -(-len(known) // columns)
+    figure, panels = drawing.new(lines, columns, width=5.4 if columns == 1 else 6.4, height=0.9 + 2.3 * lines)
+    for panel, (metric, curves) in zip(panels, known.items(), strict=False):
+        for number, (group, found) in enumerate(zip(groups, curves, strict=True)):
+            if found is not None:
+                steps, mean, low, high = found
+                panel.plot(steps, mean, color=drawing.colour(number), linewidth=1.3, label=study.own(group))
+                panel.fill_between(steps, low, high, color=drawing.colour(number), alpha=0.18, linewidth=0)
+        panel.set(title=metrics[metric], xlabel="step")
+    for panel in panels[len(known) :]:
+        panel.remove()
+    if len(groups) > 1:
+        handles = max(
+            (panel.get_legend_handles_labels() for panel in panels[: len(known)]), key=lambda one: len(one[0])
+        )
+        figure.legend(*handles, loc="outside upper center", ncols=2)
+    more = "" if len(groups) == len(study.groups) else f" {len(groups)} of {len(study.groups)} configurations"
+    more += f" {study.setting(study.settings[0][0])}".rstrip() + "." if more else ""
+    spread = (
+        "Lines are single runs."
+        if study.single
+        else "Means over seeds; the bands reach from the lowest to the highest seed."
+    )
+    return drawing.finish(figure, name, title, f"{spread}{more}")
