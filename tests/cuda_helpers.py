@@ -5,6 +5,7 @@ that is counted, and a queue of kernels. That checks the tests themselves.
 """
 
 import fcntl
+import io
 import logging
 import os
 import subprocess
@@ -12,16 +13,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
 from conftest import compose
+from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
 from scclr.augment import Augment
+from scclr.cli import dispatch
 from scclr.components import make_augment, make_loss, make_model, make_optimizer
 from scclr.config.schema import TrainConfig
 from scclr.datasets import ImageSet
@@ -32,6 +35,7 @@ from scclr.run.checkpoint import Checkpoints
 from scclr.run.preemption import CheckpointSchedule, Stop
 from scclr.run.tracking import Log
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
 DEVICE = torch.device(os.environ.get("SCCLR_TEST_DEVICE", "cuda"))
 CUDA = DEVICE.type == "cuda"
 GPUS = torch.cuda.device_count() if CUDA else 2
@@ -43,7 +47,8 @@ MARKS = [
 WORDS = [  # a run of seconds: small images that need no download, and nothing to compile
     "dataset=digits", "dataset.limit=300", "augment=digits", "encoder=convnet", "encoder.widths=[8,16]",
     "projector.hidden_dim=32", "projector.out_dim=16", "pretrain.batch_size=64", "pretrain.log_every=2",
-    "pretrain.knn_every=0", "pretrain.compile=false", "probe.protocols.logreg.l2=[0.01,0.1]", "probe.protocols.logreg.max_iter=20",
+    "pretrain.knn_every=0", "pretrain.compile=false",
+    "probe.protocols.logreg.l2=[0.01,0.1]", "probe.protocols.logreg.max_iter=20",
     f"device={DEVICE.type}",
 ]  # fmt: skip
 
@@ -144,10 +149,20 @@ def trained(steps: int, *words: str) -> list[dict[str, float]]:
     return log.rows
 
 
-def scclr(folder: Path, *words: str, code: int = 0, launcher: tuple[str, ...] = (), **env: str) -> str:
-    """``scclr train`` in a process of its own, which ends with ``code`` within three minutes; its standard error."""
+def scclr(folder: Path, *words: str, code: int = 0, launcher: tuple[str, ...] = ()) -> str:
+    """``scclr train``, which ends with ``code`` within three minutes; its standard error.
+
+    One process is this one: to start another takes up to half a minute where CUDA is.
+    """
+    if not launcher and not any(word.startswith("nproc=") for word in words):
+        GlobalHydra.instance().clear()
+        said = io.StringIO()
+        with chdir(folder), redirect_stderr(said):
+            found = dispatch(["train", *words])
+        assert found == code, said.getvalue()[-3000:]
+        return said.getvalue()
     line = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "scclr", "train", *words]
-    done = subprocess.run(line, cwd=folder, env=environment(**env), capture_output=True, text=True, timeout=180)
+    done = subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=180)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stderr
 

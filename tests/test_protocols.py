@@ -27,6 +27,7 @@ from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+import scclr as package
 from scclr.components import make_protocols
 from scclr.config.build import build
 from scclr.config.compose import conf_dir
@@ -444,6 +445,9 @@ def test_a_protocol_of_the_users_own(
     assert "mine-v2/share" in capsys.readouterr().out
     assert result_of(run)["sources"]["protocol_mine"]["file"] == "source_protocol_mine.py"
     assert (run / "source_protocol_mine.py").read_text() == OWN
+    with pytest.raises(UserError, match=r"its probe.protocols.mine is mine.Majority.*type trust=\[mine\]"):
+        package.load(run)
+    assert package.load(run, trust=["mine"]).metrics["mine-v2/share"] == pytest.approx(0.1, abs=0.02)
     (folder / "my_conf" / "protocol" / "mine.yaml").write_text(text.replace("mine.Majority", "collections.OrderedDict"))
     assert scclr("train", *TINY[:-2], "--config-dir", "my_conf", "probe.protocols=[mine]") == 1
     assert "probe.protocols.mine" in capsys.readouterr().err.splitlines()[-1]

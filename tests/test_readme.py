@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, result_of, rows_of, run_folders
 
+from scclr.cli import COMMANDS
 from scclr.components import prepare
 from scclr.config.compose import parse, plan
 from scclr.config.errors import UserError
@@ -95,7 +96,8 @@ def test_every_command_composes(beside: Path, scclr: Callable[..., int]) -> None
         elif words[0] == "scclr" and words[1] in ("train", "--help"):
             assert scclr(*words[1:2], "--help") == 0
         elif words[0] == "scclr":
-            assert words[1] in ("new", "show", "sweep-status"), words
+            assert words[1] in COMMANDS, words
+            assert scclr(words[1], "--help") == 0
         elif words[0] == "python":
             assert (ROOT / words[1]).exists(), words
 

@@ -5,6 +5,7 @@ Dimensions: N images, C channels, H x W pixels, D features.
 
 import copy
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from scclr.components import load_weights, make_dataset, make_foreign, make_model, prepare
 from scclr.config.compose import parse, plan
 from scclr.config.errors import did_you_mean, require
-from scclr.config.resolve import leaves, restore
-from scclr.config.schema import COMPONENTS, TrainConfig
+from scclr.config.resolve import components, leaves, restore
+from scclr.config.schema import TrainConfig
 from scclr.datasets import ImageSet
 from scclr.encoders.model import Model
 from scclr.encoders.weights import has_foreign_weights
@@ -196,5 +197,5 @@ def train(*words: str) -> Run:
     with torch.random.fork_rng():  # a run seeds torch's generators
         config, identity = prepare(point.config, point.overrides)
         run(config, identity)
-    targets = [getattr(config, group)["_target_"] for group in COMPONENTS]  # of words typed here
+    targets = [node["_target_"] for _, node in components(asdict(config))]  # of words typed here
     return Run(identity.directory, trust=targets)

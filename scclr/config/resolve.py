@@ -17,7 +17,7 @@ from omegaconf import MISSING as NO_DEFAULT
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from scclr.config.build import argument_defaults, find_component, is_own, source_file, typed_arguments
+from scclr.config.build import argument_defaults, find_component, group_of, is_own, source_file, typed_arguments
 from scclr.config.errors import UserError, one_line, require
 from scclr.config.schema import COMPONENTS, TrainConfig
 from scclr.config.words import dotted, root_key, unknown_key
@@ -121,24 +121,20 @@ def essence(plain: Mapping[str, Any]) -> dict[str, Any]:
     found = _without_defaults(kept, TrainConfig)
     if found.get("pretrain", {}).get("compile") == "auto":
         found["pretrain"]["compile"] = False  # the device chooses, and a device does not make another run
-    for group in COMPONENTS:
-        found[group] = _component_essence(group, kept[group])
-    if kept["probe"].get("dataset") is not None:
-        found["probe"]["dataset"] = _component_essence("dataset", kept["probe"]["dataset"])
-    if "transfer" in found["probe"]:
-        others = found["probe"]["transfer"].items()
-        found["probe"]["transfer"] = {name: _component_essence("dataset", node) for name, node in others}
-    nodes = kept["probe"].get("protocols", {})
-    found["probe"]["protocols"] = {
-        name: _component_essence(f"probe.protocols.{name}", node) for name, node in nodes.items()
-    }
+    for key, node in components(kept):
+        *outer, name = key.split(".")
+        part = found
+        for step in outer:
+            part[step] = dict(part.get(step, {}))
+            part = part[step]
+        part[name] = _component_essence(key, node)
     return found
 
 
-def _component_essence(group: str, node: Mapping[str, Any]) -> dict[str, Any]:
-    defaults, typed = argument_defaults(group, node), typed_arguments(group, node, *SUPPLIED.get(group, ()))
+def _component_essence(key: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    defaults, typed = argument_defaults(key, node), typed_arguments(key, node, *SUPPLIED.get(key, ()))
     found = {key: value for key, value in typed.items() if key not in defaults or defaults[key] != value}
-    if group == "dataset":
+    if group_of(key) == "dataset":
         found = {key: value for key, value in found.items() if key not in VOLATILE_DATASET}
         found |= {"cache": True} if "cache" in found else {}  # crops are then cut from its squares, wherever they lie
     return {"_target_": node["_target_"], **found}
