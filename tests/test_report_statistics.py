@@ -1,4 +1,4 @@
-"""The statistics of a report against SciPy and statsmodels on fixed data, and how often they err on data without effect."""
+"""A report's statistics against SciPy and statsmodels on fixed data, and how often they err on data without effect."""
 
 import math
 from pathlib import Path

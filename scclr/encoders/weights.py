@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from scclr.config.errors import UserError, one_line, require
 from scclr.config.resolve import ADOPTED
-from scclr.config.words import root_key
 from scclr.config.schema import TrainConfig, require_each
+from scclr.config.words import root_key
 
 SUFFIXES = (".pth", ".pth.tar", ".bin", ".safetensors")  # scclr's own checkpoints end in .pt
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std of pixels, as torchvision's weights take them
