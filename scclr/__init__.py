@@ -6,6 +6,7 @@
 In the order in which data flows, from a command line to ``result.json``:
 
     cli          the command line, its help and its exit codes
+    report       a page of tables, statistics and figures about finished runs
     api          runs from Python, their encoders for other programs, and their evaluation anew
     config       the configuration: schema, composition, identity of a run, construction of components
     train        the stages of a run in order; components builds what they need
@@ -18,8 +19,8 @@ In the order in which data flows, from a command line to ``result.json``:
     theory       how far the loss is from the supervised objective that it approximates
     run          what keeps a run alive and on record: files, checkpoints, signals, processes, log, sweeps
 
-Imports point down the list ``__main__``, cli, api, train, components, theory, pretrain, evaluate, datasets, encoders,
-run, losses, augment, config.
+Imports point down the list ``__main__``, cli, report, api, train, components, theory, pretrain, evaluate, datasets,
+encoders, run, losses, augment, config.
 """
 
 from collections.abc import Iterable

@@ -117,7 +117,7 @@ def answer(scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> Iter
 # Command lines --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [30, pytest.param(150, marks=pytest.mark.slow)])
 def test_a_hostile_command_line_is_refused_in_one_line_or_trains(
     count: int, answer: Answer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from scclr.report.study import Study, study
 from scclr.run.files import folder_error, write_atomic, write_text
 from scclr.run.sweep import before
 
-LIBRARIES = ("jinja2", "matplotlib", "pandas", "statsmodels")
+LIBRARIES = ("jinja2", "matplotlib", "pandas")
 SECONDS, IDLE_SECONDS = 20.0, 600.0  # between two looks at a sweep; without a run before it counts as over
 
 

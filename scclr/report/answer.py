@@ -42,7 +42,7 @@ def _alone(study: Study, group: Group) -> str:
 def _unreplicated(study: Study) -> str:
     sign = direction(study.metric) or 1
     best = max(study.groups, key=lambda group: sign * group.estimate.mean)
-    word = {1: "best", -1: "best", 0: "largest"}[direction(study.metric)]
+    word = "best" if direction(study.metric) else "largest"
     which = f"The {word} {study.metric} is that of {study.name(best)}, {with_unit(study.metric, best.estimate.mean)}"
     if best.difference is not None:
         which += f" ({signed(study.metric, best.difference.value)} {_points(study)} {_against(study)})"

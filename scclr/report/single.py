@@ -1,5 +1,6 @@
 """What the report of one run adds: its embedding in two dimensions, its confusions, and its theory in sentences."""
 
+import io
 import math
 import zipfile
 from pathlib import Path
@@ -11,7 +12,7 @@ from scclr.config.errors import UserError, one_line
 from scclr.report import drawing
 from scclr.report.drawing import Picture
 from scclr.report.runs import Run
-from scclr.run.files import read_json
+from scclr.run.files import read_bytes, read_json
 
 IMAGES = 2000  # of the test split, in the plot of the embedding
 NUMBERED = 20  # classes, up to which cells of the confusion matrix have numbers
@@ -61,11 +62,11 @@ def figures(run: Run) -> tuple[list[Picture], list[str]]:
     path = run.directory / "confusion.npz"
     try:
         if path.exists():
-            with np.load(path, allow_pickle=False) as found:
+            with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as found:
                 matrices = {name: found[name] for name in found.files if not name.startswith("baseline/")}
             square = {name: x for name, x in matrices.items() if x.ndim == 2 and len(set(x.shape)) == 1 and x.sum() > 0}
             pictures += [confusion(name, matrix, number) for number, (name, matrix) in enumerate(square.items())]
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (UserError, OSError, ValueError, zipfile.BadZipFile) as error:
         notes.append(f"{path}: damaged ({one_line(error)})")
     return pictures, notes
 

@@ -100,9 +100,11 @@ def difference(scores: Mapping[int, float], baseline: Mapping[int, float]) -> Di
 
 def holm(p: Sequence[float]) -> list[float]:
     """p-values corrected for their number (Holm 1979): the chance of any false one below the level is at most that."""
-    from statsmodels.stats.multitest import multipletests
-
-    return [float(value) for value in multipletests(p, method="holm")[1]] if len(p) else []
+    values, order = np.asarray(p, dtype=float), np.argsort(p)
+    raised = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    corrected = np.empty(len(values))
+    corrected[order] = np.minimum(raised, 1)
+    return corrected.tolist()
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation | None:

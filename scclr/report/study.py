@@ -251,7 +251,7 @@ def _best(groups: Sequence[Group]) -> Group | None:
     sign = direction(groups[0].metric)
     if sign == 0 or len(groups) < 2:
         return None
-    best = max(groups, key=lambda group: sign * group.estimate.mean)
+    best = max(groups, key=lambda group: sign * (group.mean(group.metric) or 0.0))
     for other in groups:
         if other is not best:
             found = difference(best.scores, other.scores).interval
