@@ -146,8 +146,9 @@ def test_mistakes_raise(words: list[str], message: str, folder: Path) -> None:
 
 
 def test_folders_without_a_finished_run_are_refused(folder: Path) -> None:
+    (folder / "empty").mkdir()
     with pytest.raises(scclr.UserError, match=r"no result\.json.*give a folder such as"):
-        scclr.load(folder)
+        scclr.load(folder / "empty")
     with pytest.raises(scclr.UserError, match="no finished runs"):
         scclr.results(folder)
 
