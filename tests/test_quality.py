@@ -228,17 +228,17 @@ def test_the_collapsed_value_is_known_at_every_alpha(
     assert Watch().judge(row, None) == [], "nothing is said of other losses"
 
 
-def test_a_rank_that_falls_by_half_and_repelled_positives_are_said_once_also_after_a_checkpoint() -> None:
+def test_a_rank_that_falls_to_a_quarter_and_repelled_positives_are_said_once_also_after_a_checkpoint() -> None:
     fine = {"attract": -2.0, "repel": 5.0, "effective_rank": 20.0, "admission/repelled": 0.4}
     watch = Watch()
     watch.note(fine)
-    assert watch.judge(fine | {"effective_rank": 10.1}, None) == []
-    (line,) = watch.judge(fine | {"effective_rank": 9.9}, None)
-    assert "fell from 20 to 9.9" in line
+    assert watch.judge(fine | {"effective_rank": 5.1}, None) == []
+    (line,) = watch.judge(fine | {"effective_rank": 4.9}, None)
+    assert "fell from 20 to 4.9" in line
     resumed = Watch()
     resumed.load_state_dict(watch.state_dict())
     resumed.note(fine | {"effective_rank": 8.0})
-    (line,) = resumed.judge(fine | {"effective_rank": 9.0, "admission/repelled": 0.6}, None)
+    (line,) = resumed.judge(fine | {"effective_rank": 4.0, "admission/repelled": 0.6}, None)
     assert line.startswith("60% of the positives are pushed apart")
     assert list(resumed.said) == ["rank", "repelled"]
 

@@ -16,7 +16,8 @@ from scclr.losses import Loss, LossTerms
 from scclr.pretrain.online import OnlineProbe
 from scclr.run import distributed
 
-NEAR_COLLAPSE, MOST_REPELLED, LEAST_RANK = 0.01, 0.5, 0.5  # beyond which ``Watch`` warns
+NEAR_COLLAPSE, MOST_REPELLED = 0.01, 0.5  # beyond which ``Watch`` warns
+LEAST_RANK = 0.25  # of its first value; the rank of a sound run on the digits, as classes form, falls to a half
 
 
 class NotFiniteError(UserError):
