@@ -96,8 +96,13 @@ def size_options(library: Any, name: str, side: int, patch_size: int | None) -> 
     Raises:
         ValueError: a ``patch_size`` for a model without patches.
     """
-    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        taken = inspect.signature(type(library.create_model(name, pretrained=False)).__init__).parameters
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            with torch.device("meta"):
+                model = library.create_model(name, pretrained=False)
+        except RuntimeError:  # some versions, such as 1.0.20, read numbers from tensors that have none here
+            model = library.create_model(name, pretrained=False)
+    taken = inspect.signature(type(model).__init__).parameters
     options: dict[str, Any] = {"img_size": side} if "img_size" in taken else {}
     options |= {"dynamic_img_size": True} if "dynamic_img_size" in taken else {}
     if patch_size is not None:
