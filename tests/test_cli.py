@@ -84,7 +84,7 @@ REFUSED = [
     ("encoder=resnet", "did you mean resnet"),
     ("experiment=fashion_mnist", "no such experiment; did you mean fashion_mnist_cpu?"),
     ("experiment=mine", "to name the folder of the run, type name=..."),
-    ("+experiment=balance", "type it without the plus"),
+    ("+experiment=balance_grid", "type it without the plus"),
     ("name=a/b", "give a plain folder name"),
     ("seed=0,1", "several values make a sweep: add -m"),
     ("alpha=1.5", "in [0, 1]"),

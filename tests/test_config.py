@@ -50,13 +50,29 @@ def test_alpha_is_never_ignored() -> None:
 
 def test_any_text_is_a_name_and_a_preset_names_its_folder() -> None:
     assert compose().name == "default"
-    assert compose("experiment=balance").name == "balance"
-    assert compose("experiment=balance", "name=mine").name == "mine"
+    assert compose("experiment=balance_grid").name == "balance_grid-cpu"
+    assert compose("experiment=balance_grid", "size=smoke").name == "balance_grid-smoke"
+    assert compose("experiment=balance_grid", "name=mine").name == "mine"
     for name in ("2025", "true", "1.0", "null-ish", "007"):
         assert compose(f"name={name}").name == name
-    points = plan(parse(["-m", "experiment=balance,collapse_weak", "name=null,1e3"])).points
-    assert [point.config.name for point in points] == ["balance", "1e3", "collapse_weak", "1e3"]
-    assert points[2].config.augment["crop_scale"] == [0.8, 1.0]
+    points = plan(parse(["-m", "experiment=fashion_mnist_cpu,cifar10_resnet18", "name=null,1e3"])).points
+    assert [point.config.name for point in points] == ["fashion_mnist_cpu", "1e3", "cifar10_resnet18", "1e3"]
+    assert points[2].config.pretrain.batch_size == 512
+
+
+def test_a_preset_may_be_a_sweep_of_which_typed_axes_replace_its_own() -> None:
+    command = ["experiment=balance_grid", "size=smoke", "loss.temperature=0.3"]
+    planned = plan(parse(["-m", *command]))
+    assert [point.config.alpha for point in planned.points] == [0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9]
+    assert {(point.config.seed, point.config.loss["temperature"]) for point in planned.points} == {(0, 0.3)}
+    assert len(plan(parse(["-m", *command, "alpha=0.1,0.3", "seed=3,4,5"])).points) == 6
+    alone = plan(parse([*command, "seed=7"]))
+    assert ([point.config.alpha for point in alone.points], alone.params) == (
+        [0.5],
+        ["alpha=0.2,0.35,0.5,0.6,0.7,0.8,0.9"],
+    )
+    with pytest.raises(UserError, match="one such preset at a time"):
+        plan(parse(["-m", "experiment=balance_grid,low_alpha", "size=smoke"]))
 
 
 @pytest.mark.parametrize(

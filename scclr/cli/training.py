@@ -24,6 +24,7 @@ examples
   scclr train loss=balanced alpha=0.5
   scclr train -m alpha=0.3,0.5,0.7 seed=0,1,2
   scclr train experiment=fashion_mnist_cpu
+  scclr train -m experiment=balance_grid size=smoke
   scclr train stages=[probe] init_from=runs/default/<run> dataset=fashion_mnist"""
 
 STATUS_HELP = """\
@@ -63,6 +64,8 @@ def train(argv: list[str]) -> None:
         else:
             from scclr.train import run
 
+            if planned.params:
+                print(f"one run; with -m, a sweep over {' '.join(planned.params)}", file=sys.stderr)
             run(*prepared[0][1:])
 
 
@@ -79,14 +82,14 @@ def prepare_points(planned: "Plan") -> list[Prepared]:
     return found
 
 
-def run_hydra(command: "CommandLine") -> None:
-    """Let Hydra's own ``main`` run the command line."""
+def run_hydra(command: "CommandLine", *more: str) -> None:
+    """Let Hydra's own ``main`` run the command line, with ``more`` overrides."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     from scclr.train import main as job
 
-    sys.argv = ["scclr train", *command.argv]
+    sys.argv = ["scclr train", *command.argv, *more]
     try:
         job()
     except (HydraException, OmegaConfBaseException) as error:
@@ -119,7 +122,7 @@ def run_sweep(command: "CommandLine", planned: "Plan", prepared: list[Prepared])
     if not planned.runs_here and rest:
         if planned.launcher == "submitit_local":  # all points share the cores of this machine
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // at_once)))
-        run_hydra(command)
+        run_hydra(command, *planned.params, "hydra.sweeper.params=null")  # typed axes replace those of a preset
     elif at_once == 1:
         for one in rest:
             run_point(one)

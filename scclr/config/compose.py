@@ -76,6 +76,7 @@ class Plan:
     launcher: str  # the choice of hydra/launcher
     jobs: int  # hydra.launcher.n_jobs of joblib; -1 is one for each core, or for each GPU
     runs_here: bool  # scclr runs the points itself, not a launcher of Hydra's
+    params: list[str]  # the axes of the preset's own sweep, which needs -m
 
 
 class _Parser(argparse.ArgumentParser):
@@ -158,10 +159,10 @@ def _plan(command: CommandLine, hydra: Hydra) -> Plan:
     launcher = "joblib" if jobs is not None else settings.runtime.choices.get("hydra/launcher") or "basic"
     basic_sweeper = settings.sweeper._target_ == BASIC_SWEEPER
     runs_here = basic_sweeper and launcher in ("basic", "joblib") and not settings.callbacks
+    params = _params(settings, overrides)
     if not (command.sweep and basic_sweeper):
         composed = [Point("", fixed, resolve_job(base, settings.runtime.choices, fixed))]
     else:
-        params = [f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()]
         overrides = [*(_parse_override(parser, word) for word in params), *overrides]
         found = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
         points = [[short_float(word) for word in point] for point in found]
@@ -170,9 +171,17 @@ def _plan(command: CommandLine, hydra: Hydra) -> Plan:
         for point in points:
             own = " ".join(word for word in point if word not in shared)
             config = hydra.compose_config(command.config_name, point, RunMode.RUN, from_shell=False)
+            other = _params(config.hydra, overrides)
+            require(not other, f"{own}: a sweep over {' '.join(other)}; type one such preset at a time")
             resolved = resolve_job(config, config.hydra.runtime.choices, point)
             composed.append(Point(own.replace("'", ""), point, resolved))
-    return Plan(composed, basic_sweeper, launcher, -1 if jobs is None else jobs, runs_here)
+    return Plan(composed, basic_sweeper, launcher, -1 if jobs is None else jobs, runs_here, params)
+
+
+def _params(settings: DictConfig, typed: Sequence[Override]) -> list[str]:
+    """The axes that ``hydra.sweeper.params`` has besides those that are typed."""
+    keys = {override.key_or_group for override in typed}
+    return [f"{key}={value}" for key, value in (settings.sweeper.get("params") or {}).items() if key not in keys]
 
 
 def _parse_override(parser: OverridesParser, word: str) -> Override:
@@ -185,10 +194,11 @@ def _parse_override(parser: OverridesParser, word: str) -> Override:
 
 
 def resolve_job(config: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> TrainConfig:
-    """``resolve``, with the folder named by the experiment unless ``name`` is given."""
+    """``resolve``, with the folder named by the experiment and its size unless ``name`` is given."""
     with open_dict(config):
         config.pop("hydra", None)
-    return resolve(config, choices.get("experiment"), overrides)
+    named = [choices[group] for group in ("experiment", "size") if choices.get(group) is not None]
+    return resolve(config, "-".join(named), overrides)
 
 
 def groups(command: CommandLine) -> dict[str, list[str]]:

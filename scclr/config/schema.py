@@ -183,7 +183,7 @@ class TrainConfig:
     deterministic: bool | None = described("use only kernels that repeat bit by bit; null: yes on a CPU, no on CUDA")
     stages: list[str] = described("what to do: [pretrain,probe,theory], or some of these in this order")
     runs: str = described("folder of all runs")
-    name: str | None = described("folder of this run inside runs; null takes the name of the experiment, or default")
+    name: str | None = described("folder of this run inside runs; null takes the experiment and its size, or default")
     init_from: str | None = described("run folder or checkpoint whose weights the run starts from or evaluates")
     overwrite: bool = described("discard a run with this configuration, and begin it anew")
     dataset: dict[str, Any] = MISSING

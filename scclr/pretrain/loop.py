@@ -4,7 +4,7 @@ Dimensions: G images in a step, B of them in this process (B = G with one proces
 dimensions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -97,12 +97,17 @@ def pretrain(
             state.window = LossWindow(state.step)
             state.watch.note(row)
             if last or (quality_due and state.step > warmup):
-                form = state.loss.logsumexp_form()
-                collapsed = None if form is None else form.collapsed(images=z.shape[1], views=z.shape[0])
-                for line in state.watch.judge(row, collapsed):
-                    log.say(line)
+                say_warnings(state, row, z, log)
         if due := checkpoints.due(state.step):
             checkpoints.save(state.state_dict(), due)
+
+
+def say_warnings(state: TrainState, row: Mapping[str, float], z: Tensor, log: Log) -> None:
+    """What a row of the log, with embeddings z [V, G, P], says is going wrong; nothing if all is well."""
+    form = state.loss.logsumexp_form()
+    collapsed = None if form is None else form.collapsed(images=z.shape[1], views=z.shape[0])
+    for line in state.watch.judge(row, collapsed):
+        log.say(line)
 
 
 def train_step(
