@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import chdir
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
+from scclr import load, train
+from scclr.api import Run
 from scclr.augment import Augment
 from scclr.components import make_loss, make_model
 from scclr.config.build import build
@@ -22,6 +26,7 @@ from scclr.pretrain.state import TrainState
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.pop("HYDRA_FULL_ERROR", None)
 torch.set_num_threads(1)  # the tests are too small for two
+os.environ["OMP_NUM_THREADS"] = "1"  # so are the processes that they start
 
 # A run of a second: 300 digits, two small blocks, 6 steps.
 TINY = [
@@ -61,6 +66,23 @@ def scclr(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
             GlobalHydra.instance().clear()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one run, of the module's ``WORDS``."""
+    folder = tmp_path_factory.mktemp("trained")
+    with chdir(folder):
+        train(*request.module.WORDS)
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, folder: Path) -> Run:
+    """A copy of the run in ``trained``, which a test may change."""
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    (directory,) = Path("runs").glob("*/*")
+    return load(directory)
 
 
 def compose(*overrides: str) -> TrainConfig:

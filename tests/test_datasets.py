@@ -18,6 +18,7 @@ from scclr.config.errors import UserError
 from scclr.datasets import ImageSet, Parts, Source
 from scclr.datasets.cifar10 import CIFAR10
 from scclr.datasets.cifar100 import CIFAR100
+from scclr.datasets.digit_texture import DIRECTIONS, TEXTURES, WAVELENGTHS, DigitTexture, gratings
 from scclr.datasets.digits import Digits
 from scclr.datasets.fashion_mnist import FashionMNIST
 from scclr.datasets.mnist import MNIST
@@ -150,6 +151,63 @@ def test_the_digest_of_other_datasets(tmp_path: Path, monkeypatch: pytest.Monkey
     assert source.digest() != first
     monkeypatch.setattr(Noise, "root", None)
     assert source.digest() == ""
+
+
+# Digits on textures ---------------------------------------------------------------------------------------------------
+
+
+def textured(**changes: object) -> DigitTexture:
+    return DigitTexture(**{**GREY, "test": 0.25, **changes})
+
+
+def test_both_features_are_labels_of_the_same_images() -> None:
+    digit, texture, other = textured().load(), textured(label="texture").load(), textured(split_seed=1).load()
+    assert digit.classes == tuple("0123456789")
+    assert texture.classes == tuple(TEXTURES)
+    assert torch.equal(digit.test.images, texture.test.images), "no image of a test split is pretrained on"
+    assert torch.equal(digit.test.images, textured().load().test.images)
+    assert image_bytes(digit.test).isdisjoint(image_bytes(other.test))
+    parts = [(part.train, part.validation, part.test) for part in (digit, texture)]
+    assert len(set.union(*map(image_bytes, parts[0]))) == 1797
+    assert set.union(*map(image_bytes, parts[0])) == set.union(*map(image_bytes, parts[1]))
+    pairs = torch.zeros(10, 10, dtype=torch.int64)
+    pairs.index_put_((digit.test.labels, texture.test.labels), torch.tensor(1), accumulate=True)
+    assert pairs.sum() == len(digit.test)
+    assert 3 <= pairs.min() <= pairs.max() <= 6, "the features are independent"
+    assert digit.train.images.shape[1:] == (1, DigitTexture.image_size, DigitTexture.image_size)
+
+
+def test_ink_covers_the_texture() -> None:
+    read = [textured(label=label).read() for label in ("digit", "texture")]
+    images, digits_, textures = read[0].train.images, read[0].train.labels, read[1].train.labels
+    assert isinstance(images, torch.Tensor)
+    for digit in (0, 1):
+        middle = images[digits_ == digit].float().mean(0)[0, 6:10, 6:10].mean()
+        assert middle > 200 if digit == 1 else middle < 130
+    corners = images[:, 0, :, :2].float()  # hardly any digit reaches the edge
+    assert corners.max() > 100 > 10 > corners.min()
+    assert len(textures.unique()) == 10
+
+
+@pytest.mark.parametrize("texture", range(10))
+def test_a_texture_is_a_wave_of_its_direction_and_length(texture: int) -> None:
+    phases = torch.linspace(0, 6, 5)
+    waves = gratings(torch.full((5,), texture), phases, 96)
+    assert (waves.min(), waves.max()) == (pytest.approx(0, abs=0.02), pytest.approx(1, abs=0.02))
+    power = np.abs(np.fft.rfft2(waves[:, 0].numpy() - 0.5)) ** 2  # [5, 96, 49]
+    y, x = np.unravel_index(power.mean(0).argmax(), power.shape[1:])
+    y = y - 96 if y > 48 else y
+    frequency = np.hypot(x, y) / 96
+    assert frequency == pytest.approx(1 / WAVELENGTHS[texture // DIRECTIONS], abs=0.01)
+    angle = np.degrees(np.arctan2(y, x)) % 180
+    off = abs(angle - 180 / DIRECTIONS * (texture % DIRECTIONS))
+    assert min(off, 180 - off) < 4
+    assert not torch.allclose(waves[0], waves[1], atol=0.2), "the phase is random"
+
+
+def test_the_label_of_a_texture_is_chosen() -> None:
+    with pytest.raises(ValueError, match="label=colour: choose digit or texture"):
+        textured(label="colour")
 
 
 # MNIST, Fashion-MNIST: idx files --------------------------------------------------------------------------------------

@@ -1,10 +1,7 @@
 """Quality without labels, against the authors' code or their equations, and in whole runs."""
 
-import csv
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, compose, noise, result_of, rows_of, run_folders, training
 from image_files import all_images, write_photographs
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from scclr.datasets import ImageSet
@@ -255,30 +251,3 @@ def test_a_collapsed_run_says_so_and_keeps_it(scclr: Run, folder: Path, capsys: 
     assert scclr("train", *healthy) == 0
     (run,) = (folder / "runs" / "healthy").glob("*/")
     assert not any("coincide" in text for text in result_of(run)["warnings"])
-
-
-def test_the_table_of_runs_has_rank_correlations(tmp_path: Path) -> None:
-    draw = np.random.default_rng(0)
-    for seed in range(8):
-        rank = float(draw.normal())
-        result = {
-            "run": f"r{seed}", "group": f"g{seed // 2}", "config": {"seed": seed},
-            "metrics": {
-                "logreg-v1/top1": 0.9 + 0.01 * rank + 0.02 * float(draw.normal()),
-                "quality/h/rankme": rank, "quality/h/alpha_req": 1 + rank,
-            },
-            "seconds": {"total": 1.0}, "machine": {"device": "cpu", "threads": 1}, "versions": {"git": "", "torch": ""},
-        }  # fmt: skip
-        (tmp_path / f"r{seed}").mkdir()
-        (tmp_path / f"r{seed}" / "result.json").write_text(json.dumps(result))
-    script = Path(__file__).parents[1] / "scripts" / "table_runs.py"
-    line = [sys.executable, str(script), str(tmp_path / "out.csv"), str(tmp_path)]
-    out = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
-    x, y = ([float(row[name]) for row in rows] for name in ("quality/h/rankme", "logreg-v1/top1"))
-    (found,) = (text for text in out.splitlines() if "quality/h/rankme " in text and "rank correlation" in text)
-    assert f"{spearmanr(x, y).statistic:+.2f}  [" in found
-    low, high = (float(end) for end in found.split("[")[1].split("]")[0].split(","))
-    assert -1 <= low < spearmanr(x, y).statistic <= high <= 1
-    distance = spearmanr([-abs(value) for value in x], y).statistic
-    assert any("-|quality/h/alpha_req - 1|" in text and f"{distance:+.2f}  [" in text for text in out.splitlines())

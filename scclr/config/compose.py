@@ -259,7 +259,7 @@ def _unknown_key(key: str, hydra: Hydra, command: CommandLine) -> str:
     if found and found[0] not in known and found[2] in _options(hydra, command, group, ObjectType.CONFIG):
         chosen = [name.split(".")[2] for name in known if re.fullmatch(rf"probe\.{found[1]}\.\w+", name)]
         return f"{key}: {found[2]} is not chosen; type probe.{found[1]}=[{','.join([*chosen, found[2]])}]"
-    return unknown_key(key, known)
+    return unknown_key(key, [*known, *_options(hydra, command, "", ObjectType.GROUP)])
 
 
 def _known_keys(hydra: Hydra, command: CommandLine, choices: list[str]) -> list[str]:
