@@ -8,13 +8,13 @@ from contextlib import chdir
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from scclr import load, train
-from scclr.api import Run
 from scclr.augment import Augment
 from scclr.components import make_loss, make_model
 from scclr.config.build import build
@@ -22,6 +22,9 @@ from scclr.config.compose import parse, plan
 from scclr.config.schema import TrainConfig
 from scclr.datasets import ImageSet
 from scclr.pretrain.state import TrainState
+
+if TYPE_CHECKING:
+    from scclr.api import Run
 
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.pop("HYDRA_FULL_ERROR", None)
@@ -78,7 +81,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
-def run(trained: Path, folder: Path) -> Run:
+def run(trained: Path, folder: Path) -> "Run":
     """A copy of the run in ``trained``, which a test may change."""
     shutil.copytree(trained, folder, dirs_exist_ok=True)
     (directory,) = Path("runs").glob("*/*")

@@ -5,16 +5,17 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from scclr.config.compose import parse, plan
-from scclr.config.resolve import identify
 
 PARTS = ("mean_norm2", "s_b", "b2", "v_aug")
 METRIC = "logreg-v1/top1"
+QUICK = ("seed", "alpha", "loss.temperature")  # words that need not be composed, which takes long
 
 
 @cache
@@ -33,11 +34,16 @@ def write_run(
         rows: of ``metrics.jsonl``.
         parts: more entries of ``result.json``.
     """
-    config = composed(tuple(word for word in words if not word.startswith("seed=")))
-    config = deepcopy(config)
-    config.seed = next((int(word.split("=")[1]) for word in words if word.startswith("seed=")), 0)
-    identity = identify(config, "data")
-    directory = folder / identity.directory.name
+    typed = dict(word.split("=", 1) for word in words)
+    config = deepcopy(composed(tuple(word for word in words if word.split("=")[0] not in QUICK)))
+    config.seed = int(typed.get("seed", 0))
+    if "alpha" in typed:
+        config.alpha = config.loss["alpha"] = float(typed["alpha"])
+    if "loss.temperature" in typed:
+        config.loss["temperature"] = float(typed["loss.temperature"])
+    plain = asdict(config)
+    group, own = (sha256(json.dumps({**plain, "seed": seed}).encode()).hexdigest()[:8] for seed in (None, config.seed))
+    directory = folder / f"{config.loss_name}-alpha{config.alpha}-seed{config.seed}-{own}"
     directory.mkdir(parents=True)
     alpha = config.last_alpha
     shares = dict(zip(PARTS, (0.6 - 0.3 * alpha, 0.1 + 0.1 * alpha, 0.1, 0.2 + 0.1 * alpha), strict=True))
@@ -60,19 +66,19 @@ def write_run(
     ]
     result = {
         "run": directory.name,
-        "group": identity.group,
+        "group": f"{config.loss_name}-alpha{config.alpha}-{group}",
         "metrics": {**metrics, **(measured if theory else {}), **({"theory/alpha_c": 0.6} if theory else {})},
         "forecast": {"r_max": 0.8, "alpha_col": 0.83, "alpha_mis": 0.05, "alpha_mis_exact": True} if theory else None,
         "validation": {METRIC.split("/")[0]: 0.9},
         "left_out": {},
         "last": {key: value for key, value in log[-1].items() if key != "step"} if log else {},
         "seconds": {"pretrain": 50.0, "probe": 2.0, "theory": 1.0, "total": 55.0 + config.seed},
-        "config": asdict(config),
+        "config": plain,
         "machine": {"device": "cpu", "gpu": None, "cpu": "AMD EPYC", "cores": 2, "threads": 1},
         "versions": {"scclr": "0.1.0"},
         **parts,
     }
-    (directory / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config)))))
+    (directory / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(plain))))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     (directory / "result.json").write_text(json.dumps(result))
     return directory

@@ -1,5 +1,6 @@
 """The command line: what it answers, what it refuses in one line, and what it leaves behind."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from conftest import TINY, run_folders
 
 from scclr import __version__
+from scclr.cli import main
 
 Run = Callable[..., int]
 
@@ -38,12 +40,25 @@ def test_module_runs() -> None:
     assert out.stdout == f"scclr {__version__}\n"
 
 
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(
+    given: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["scclr", "--version"])
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ["OMP_WAIT_POLICY"] == found
+
+
 def test_unknown_command(scclr: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert scclr("trian") == 2
     assert capsys.readouterr().err == "scclr: error: no such command: trian; did you mean train?\n"
 
 
-@pytest.mark.parametrize("command", ["train", "sweep-status", "show"])
+@pytest.mark.parametrize("command", ["train", "sweep-status", "report", "sync", "show"])
 def test_every_command_has_help(scclr: Run, capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert scclr(command, "--help") == 0
     shown = capsys.readouterr()

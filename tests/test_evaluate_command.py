@@ -1,9 +1,7 @@
 """``scclr evaluate``: the numbers of the stage ``probe``, kept in the folder of the run that they are about."""
 
 import json
-import shutil
 from collections.abc import Callable
-from contextlib import chdir
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,24 +14,8 @@ import scclr
 from scclr.api.evaluate import evaluate
 from scclr.config.errors import UserError
 
+WORDS = ["stages=[pretrain]", *TINY]  # of the fixture ``run``, which was not evaluated, on 300 of the digits
 GREY = ["dataset=arrays", "dataset.root=images.npz", "dataset.mean=[0.5]", "dataset.std=[0.25]"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one run."""
-    folder = tmp_path_factory.mktemp("trained")
-    with chdir(folder):
-        scclr.train("stages=[pretrain]", *TINY)
-    return folder
-
-
-@pytest.fixture
-def run(trained: Path, folder: Path) -> "scclr.api.Run":
-    """A run that was not evaluated, on 300 of the digits."""
-    shutil.copytree(trained, folder, dirs_exist_ok=True)
-    (directory,) = Path("runs").glob("*/*")
-    return scclr.load(directory)
 
 
 def write_images(folder: Path) -> None:

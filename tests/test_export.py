@@ -2,11 +2,9 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from scclr.api.export import export
 from scclr.config.errors import UserError
 from scclr.evaluate.features import encoder_hash
 
+WORDS = ["alpha=0.4", *TINY]  # of the fixture ``run``, which was evaluated
 STEP = [
     *("stages=[pretrain]", "pretrain.epochs=1", "pretrain.knn_every=0", "pretrain.warmup=0"),
     *("projector.hidden_dim=16", "projector.out_dim=8"),
@@ -74,23 +73,6 @@ def through_the_cards(run: "scclr.api.Run", *folders: Path) -> list[torch.Tensor
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [torch.from_numpy(np.load(folder / "h.npy")) for folder in folders]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one run."""
-    folder = tmp_path_factory.mktemp("trained")
-    with chdir(folder):
-        scclr.train("alpha=0.4", *TINY)
-    return folder
-
-
-@pytest.fixture
-def run(trained: Path, folder: Path) -> "scclr.api.Run":
-    """A run of a small network, which was evaluated."""
-    shutil.copytree(trained, folder, dirs_exist_ok=True)
-    (directory,) = Path("runs").glob("*/*")
-    return scclr.load(directory)
 
 
 @pytest.mark.slow

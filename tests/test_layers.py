@@ -29,7 +29,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 COMMANDS = ("train.py", "cli/training.py")
 # Only these import the library: a package, or one module of it.
 ONLY = {
-    "wandb": {"run/tracking.py"},
+    "wandb": {"run/wandb_run.py"},
     "hydra": {"config/compose.py", *COMMANDS},
     "omegaconf": {*(f"config/{stem}.py" for stem in ("schema", "build", "resolve", "compose")), *COMMANDS},
 }

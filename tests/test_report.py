@@ -19,8 +19,6 @@ from scclr.config.compose import parse, plan
 from scclr.report import watch, write
 from scclr.report.answer import answer
 from scclr.report.runs import find
-from scclr.report.single import MEANINGS
-from scclr.report.single import theory as theory_rows
 from scclr.report.study import study
 from scclr.report.words import command, sweep, words_of
 from scclr.run.lock import run_lock
@@ -147,7 +145,7 @@ def test_names_are_shown_as_text(tmp_path: Path) -> None:
     (folder / "bad").mkdir()
     (folder / "bad" / "config.yaml").write_text("")
     (folder / "bad" / "error.txt").write_text(evil)
-    path, _ = write([folder])
+    path, *_ = write([folder])
     assert "<img" not in path.read_text()
     assert "<b>" not in path.read_text()
     rows = [line for line in path.with_suffix(".md").read_text().splitlines() if line.startswith("| ")]
@@ -188,7 +186,7 @@ def test_unfinished_and_damaged_runs_are_named_and_left_out(tmp_path: Path) -> N
         f"repeated {copy}", "running",
     ):  # fmt: skip
         assert words in said
-    path, _ = write([tmp_path])
+    path, *_ = write([tmp_path])
     assert "out of luck" in path.read_text()
 
 
@@ -205,45 +203,10 @@ def test_two_folders_are_compared(tmp_path: Path) -> None:
                     f"pretrain.epochs={name == 'b' or 2}".replace("True", "3"),
                     metrics={METRIC: value + change * seed / 100},
                 )
-    path, found = write([tmp_path / "a", tmp_path / "b"])
+    path, found, _ = write([tmp_path / "a", tmp_path / "b"])
     assert path == tmp_path / "a" / "report-b" / "report.html"
     assert found.baseline == {"folder": str(tmp_path / "a")}
     assert sorted(group.mark for group in found.groups) == ["", "", "above", "above"]  # though epochs differ too
-
-
-def test_one_run_has_its_confusions_and_theory(tmp_path: Path) -> None:
-    run = write_run(tmp_path, *SMALL, metrics={METRIC: 0.75}, rows=6)
-    np.savez(run / "confusion.npz", **{"logreg-v1": np.array([[3, 1], [0, 4]]), "baseline/pixels/logreg-v1": np.eye(2)})
-    (run / "spectrum.json").write_text(json.dumps({"h": [0.7, 0.2, 0.1], "z": [0.9, 0.1]}))
-    path, found = write([run])
-    assert answer(found) == ["logreg-v1/top1 is 75.00 % of one seed, so there is no interval: add seed=0,1,2."]
-    assert {file.stem for file in path.parent.glob("*.svg")} == {"confusion", "spectrum", "forces", "learning"}
-    text = path.read_text()
-    assert "87.50 % lie on the diagonal" in text
-    assert "There is no plot of the embedding" in text  # these files hold no weights
-    (run / "confusion.npz").write_bytes(b"PK\3\4")
-    assert "confusion.npz: damaged" in write([run])[0].read_text()
-
-
-def test_every_row_of_the_theory_has_a_sentence(tmp_path: Path) -> None:
-    from scclr.theory.report import BIAS_ROWS, BOUND_ROWS, COLLAPSE_ROWS
-
-    names = [*BIAS_ROWS, *COLLAPSE_ROWS, *BOUND_ROWS]
-    assert set(MEANINGS) == {*names, "alpha_mis", "alpha_c", "alpha_col"}
-    estimate = {"value": 0.25, "se": 0.01}
-    space = {"bias": dict.fromkeys(BIAS_ROWS, estimate), "collapse": dict.fromkeys(COLLAPSE_ROWS, 2.0)}
-    found = {
-        "z": space, "h": space, "temperature": 0.5,
-        "bound": [{"temperature": t} | {name: {"value": t, "se": None} for name in BOUND_ROWS} for t in (0.1, 0.5)],
-        "thresholds": {"alpha_mis": 0.05, "alpha_c": None, "alpha_col": 0.8},
-    }  # fmt: skip
-    (tmp_path / "theory.json").write_text(json.dumps(found))
-    rows = theory_rows(tmp_path)
-    assert len(rows) == len(names) + 2
-    assert rows[0][1:3] == ("0.2500 ± 0.0100", "0.2500 ± 0.0100")
-    assert rows[-3][1] == "0.5000"  # the bound at the temperature of the training
-    (tmp_path / "theory.json").write_text('{"z": 1}')
-    assert theory_rows(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -289,7 +252,7 @@ def test_a_sweep_is_watched_until_it_ends(tmp_path: Path, monkeypatch: pytest.Mo
             write_run(tmp_path, *SMALL, "alpha=0.5", metrics={METRIC: 0.8}).rename(tmp_path / "late")
 
     monkeypatch.setattr("time.sleep", sleep)
-    path, found = watch([tmp_path], None, None, said.append, seconds=5)
+    path, found, _ = watch([tmp_path], None, None, said.append, seconds=5)
     assert naps == [5, 5]
     assert ['http-equiv="refresh" content="5"' in page for page in [*pages, path.read_text()]] == [True, True, False]
     assert [line.split(";")[0] for line in said] == ["2 points: 1 done, 1 missing", "2 points: 2 done"]

@@ -1,10 +1,8 @@
 """The record: metrics.jsonl, and the offline W&B run read back from its file."""
 
 import io
-import json
 import os
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -16,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import TINY, run_folders
 from PIL import Image
-from wandb.proto.wandb_internal_pb2 import Record, RunRecord
+from wandb_files import history, records, run_record, values
 
 from scclr.config.compose import parse, plan
 from scclr.config.errors import UserError
@@ -41,46 +39,6 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 def open_log(folder: Path, config: TrackingConfig = OFFLINE, **other: Any) -> RunLog:
     given = {"group": "its group", "job_type": "pretrain", "tags": [], "settings": {}, "start": 0}
     return RunLog(folder, config, **{**given, **other})
-
-
-def wandb_records(path: Path) -> Iterator[Record]:
-    """The records of a .wandb file: a 7-byte header, then LevelDB log blocks of 32 KiB."""
-    data = io.BytesIO(path.read_bytes())
-    data.seek(7)
-    parts = b""
-    while header := data.read(7):
-        if (start := data.tell() - len(header)) % 32768 > 32768 - 7:  # padding at the end of a block
-            data.seek(start + 32768 - start % 32768)
-            continue
-        _, length, kind = struct.unpack("<IHB", header)
-        parts += data.read(length)
-        if kind in (1, 4):  # FULL, LAST
-            record = Record()
-            record.ParseFromString(parts)
-            yield record
-            parts = b""
-
-
-def records(folder: Path, kind: str) -> list[Any]:
-    """The records of one kind in the offline run of a folder."""
-    (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
-    patience = time.monotonic() + 10
-    while file.stat().st_size <= 7 and time.monotonic() < patience:  # W&B's service writes when it finds time
-        time.sleep(0.05)
-    return [getattr(r, kind) for r in wandb_records(file) if r.WhichOneof("record_type") == kind]
-
-
-def values(items: Any) -> dict[str, Any]:
-    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    return [values(record.item) for record in records(folder, "history")]
-
-
-def run_record(folder: Path) -> RunRecord:
-    (run,) = records(folder, "run")
-    return run
 
 
 def write(folder: Path, start: int, rows: dict[int, float]) -> None:

@@ -23,9 +23,7 @@ from scclr.encoders.model import Model
 from scclr.encoders.weights import has_foreign_weights
 from scclr.evaluate.features import extract_features
 from scclr.run.checkpoint import load as load_checkpoint
-from scclr.run.files import is_number, read_json
-from scclr.run.lock import EVALUATIONS
-from scclr.run.result import read_result
+from scclr.run.result import named_evaluations, read_evaluations, read_result
 from scclr.train import run
 
 EXAMPLE = "; give a folder such as runs/default/<run>"
@@ -86,7 +84,7 @@ class Run:
         Raises:
             UserError: a file of them is damaged.
         """
-        return {path.stem: _evaluation(path) for path in sorted((self.directory / EVALUATIONS).glob("*.json"))}
+        return read_evaluations(self.directory)
 
     @property
     def origin(self) -> str:
@@ -150,34 +148,8 @@ def results(directory: str | Path) -> list[dict[str, Any]]:
     folder = Path(directory)
     paths = sorted(path.parent for path in folder.glob("**/result.json"))
     require(len(paths) > 0, f"{folder}: no finished runs; give a folder such as runs or runs/default")
-    added = [_evaluations(path) for path in paths]
-    # Where a protocol was evaluated with several options, the metrics have the hash in their names, in all rows.
-    hashes = {
-        name: {digest for row in added for other, digest in row if other == name} for row in added for name, _ in row
-    }
-    rows = []
-    for path, evaluations in zip(paths, added, strict=True):
-        row = _row(path)
-        for (name, digest), found in evaluations.items():
-            prefix = found["dataset"] if len(hashes[name]) == 1 else f"{found['dataset']}-{digest}"
-            row |= {f"{prefix}/{metric}": value for metric, value in found["metrics"].items()}
-        rows.append(row)
-    return rows
-
-
-def _evaluations(directory: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """What ``Run.evaluations`` holds, by (dataset and protocol, hash)."""
-    found = {path.stem: _evaluation(path) for path in sorted((directory / EVALUATIONS).glob("*.json"))}
-    return {(stem.rpartition("-")[0], stem.rpartition("-")[2]): record for stem, record in found.items()}
-
-
-def _evaluation(path: Path) -> dict[str, Any]:
-    record = read_json(path)
-    numbers = record.get("metrics")
-    whole = isinstance(numbers, dict) and all(map(is_number, numbers.values()))
-    whole = whole and all(isinstance(record.get(name), str) for name in ("dataset", "protocol"))
-    require(whole, f"{path}: damaged; delete it and evaluate again")
-    return record
+    added = named_evaluations([read_evaluations(path) for path in paths])
+    return [_row(path) | evaluations for path, evaluations in zip(paths, added, strict=True)]
 
 
 def _row(directory: Path) -> dict[str, Any]:

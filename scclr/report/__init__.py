@@ -1,7 +1,8 @@
 """``scclr report``: what the runs of a folder say, as a page with tables, statistics and figures.
 
 ``runs`` reads the folders, ``words`` finds the command of a run, ``statistics`` and ``study`` compare, ``answer`` makes
-sentences of that, ``figures``, ``geometry``, ``curves`` and ``single`` draw, and ``page`` puts all on a page.
+sentences of that, ``figures``, ``geometry``, ``curves``, ``single`` and ``encoded`` draw, ``page`` puts all on a page,
+and ``logged`` sends that to W&B.
 """
 
 import math
@@ -10,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from scclr.config.errors import require
 from scclr.report import drawing
 from scclr.report.curves import trainings
+from scclr.report.drawing import Picture
 from scclr.report.figures import comparisons
 from scclr.report.geometry import embeddings
 from scclr.report.page import content, render, table_of_runs
@@ -28,13 +30,21 @@ LIBRARIES = ("jinja2", "matplotlib", "pandas")
 SECONDS, IDLE_SECONDS = 20.0, 600.0  # between two looks at a sweep; without a run before it counts as over
 
 
+class Report(NamedTuple):
+    """A report that is written: its page ``report.html``, what it says, and its figures, which lie beside the page."""
+
+    page: Path
+    study: Study
+    pictures: Sequence[Picture]
+
+
 def write(
     folders: Sequence[Path],
     metric: str | None = None,
     baseline: Mapping[str, str] | None = None,
     *,
     refresh: int = 0,
-) -> tuple[Path, Study]:
+) -> Report:
     """Write ``report.html``, ``report.md``, ``results.csv``, and each figure as SVG and PNG.
 
     They come to lie in ``<folder>/report``, of two folders in ``<first>/report-<name of the second>``.
@@ -44,9 +54,6 @@ def write(
         metric: the number that is compared; None takes the accuracy that most runs have.
         baseline: what the others are compared with, by key; see ``study``.
         refresh: seconds after which the page loads itself again; 0 never.
-
-    Returns:
-        The path of the page, and what it says.
 
     Raises:
         UserError: a library of the extra ``report`` is not installed, there are no finished runs, no run has the metric
@@ -76,7 +83,7 @@ def write(
         write_text(target / "report.html", render("page.html", values))
     except OSError as error:
         raise folder_error(error, target) from error
-    return target / "report.html", made
+    return Report(target / "report.html", made, pictures)
 
 
 def _put(data: bytes, file: IO[bytes]) -> None:
@@ -90,7 +97,7 @@ def watch(
     say: Callable[[str], None],
     *,
     seconds: float = SECONDS,
-) -> tuple[Path, Study]:
+) -> Report:
     """``write`` again whenever a run begins or ends; returns what the last one did.
 
     This ends when every run is done or has failed, or when none has been running for ten minutes.

@@ -97,7 +97,8 @@ def new(rows: int = 1, columns: int = 1, width: float = 5.4, height: float = 3.4
 def finish(figure: "Figure", name: str, title: str, caption: str) -> Picture:
     """Draw a figure in both forms."""
     vector, pixels = io.StringIO(), io.BytesIO()
-    figure.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(vector, format="svg", dpi=DPI, metadata={"Date": None, "Creator": None})
+    figure.set_layout_engine(None)  # what it has placed stays there; placing takes longer than drawing
     figure.savefig(pixels, format="png", dpi=DPI)
     wide = figure.get_figwidth() > WIDE
     return Picture(name, title, caption, vector.getvalue(), pixels.getvalue(), wide)

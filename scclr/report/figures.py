@@ -126,7 +126,10 @@ def surface(study: Study) -> Picture | None:
         points = [(x, j + 0.5) for j, x in enumerate(found) if x is not None]
         if len(points) > 1:
             panel.plot(*zip(*points, strict=True), color="#d55e00", linewidth=1.8, linestyle="--")
-            panel.annotate(SIGNS[name], points[-1], xytext=(3, 3), textcoords="offset points", color="#d55e00")
+            panel.annotate(
+                SIGNS[name], (points[-1][0], len(ys)), xytext=(0, 2), textcoords="offset points", color="#d55e00",
+                ha="center", va="bottom",
+            )  # fmt: skip
     panel.set_xticks([i + 0.5 for i in range(len(xs))], [f"{x:g}" for x in xs], rotation=90 if len(xs) > 12 else 0)
     panel.set_yticks([j + 0.5 for j in range(len(ys))], [f"{y:g}" for y in ys])
     panel.set(xlabel="alpha", ylabel=study.label(other))

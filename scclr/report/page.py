@@ -14,6 +14,7 @@ from scclr.report.statistics import FEW, RESAMPLES, estimate
 from scclr.report.study import Group, Study
 from scclr.report.units import interval, number, probability, signed, titled, unit
 from scclr.report.words import command, sweep
+from scclr.run.result import METRIC
 from scclr.run.sweep import before, clock
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -69,6 +70,8 @@ def content(
         "pictures": pictures,
         "figure_notes": notes,
         "theory": theory,
+        "evaluated_columns": ["metric", "pretrained", *TITLES.values()],
+        "evaluated": evaluated(study.runs[0].evaluations) if len(study.runs) == 1 else [],
         "cost_columns": COST,
         "cost": cost(study.runs),
         "others": others,
@@ -155,6 +158,29 @@ def spread(metric: str, group: Group) -> str:
     return number(metric, one.mean) + ("" if one.sd is None else f" ± {number(metric, one.sd)}")
 
 
+def evaluated(numbers: Mapping[str, float]) -> list[list[str]]:
+    """What ``scclr evaluate`` has added to a run: each metric with its unit, then its value and those of the baselines.
+
+    Args:
+        numbers: by names such as ``mnist/knn-v1/top1``, with which ``--metric`` compares runs.
+    """
+    return [
+        [
+            titled(name),
+            *(number(name, numbers.get(other)) for other in (name, *(of_baseline(name, one) for one in TITLES))),
+        ]
+        for name in numbers
+        if "baseline/" not in name
+    ]
+
+
+def of_baseline(metric: str, baseline: str) -> str:
+    """The name of a metric of a baseline, such as ``mnist/baseline/pixels/knn-v1/top1``."""
+    found = METRIC.fullmatch(metric)
+    data = (found["data"] if found else None) or ""
+    return f"{data}{baseline}{metric.removeprefix(data)}"
+
+
 def cost(runs: Sequence[Run]) -> list[list[str]]:
     """What the runs took, by device, under ``COST``."""
     lines = []
@@ -201,7 +227,7 @@ def _table_notes(study: Study) -> Iterable[str]:
         yield "One seed each: no standard deviations, no intervals, no tests."
     beside = []
     for prefix, title in TITLES.items():
-        values = [run.numbers[name] for run in study.runs if (name := f"{prefix}{study.metric}") in run.numbers]
+        values = [run.numbers[name] for run in study.runs if (name := of_baseline(study.metric, prefix)) in run.numbers]
         if values:
             one = estimate(values)
             deviation = "" if one.sd is None else f" ± {number(study.metric, one.sd)}"

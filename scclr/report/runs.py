@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from scclr.config.errors import UserError, require
 from scclr.config.resolve import VOLATILE, VOLATILE_DATASET, leaves
 from scclr.run.files import is_number
-from scclr.run.result import read_result
+from scclr.run.result import named_evaluations, read_evaluations, read_result
 from scclr.run.sweep import Point, listed, points_of
 from scclr.run.tracking import read_rows
 
@@ -28,7 +28,8 @@ class Run:
         settings: its configuration by dotted keys, without what does not change what it computes; a component by the
             word that chooses it.
         numbers: metrics; ``validation/...``; ``pretrain/...``, the last row of the log; ``seconds/...``;
-            ``forecast/...``.
+            ``forecast/...``; and ``evaluations``.
+        evaluations: what ``scclr evaluate`` has added, such as ``mnist/knn-v1/top1``.
     """
 
     directory: Path
@@ -36,6 +37,7 @@ class Run:
     result: Mapping[str, Any] = field(repr=False)
     settings: Mapping[str, Any] = field(repr=False)
     numbers: Mapping[str, float] = field(repr=False)
+    evaluations: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def seed(self) -> int:
@@ -94,7 +96,23 @@ def find(folders: Sequence[Path]) -> Found:
                 same = runs.setdefault((run.folder, run.group, run.seed), run)
                 if same is not run:
                     others.append(f"repeated {run.directory}: the same configuration and seed as {same.directory}")
-    return Found(folders, list(runs.values()), points, others)
+    return Found(folders, _with_evaluations(list(runs.values()), others), points, others)
+
+
+def _with_evaluations(runs: Sequence[Run], others: list[str]) -> list[Run]:
+    """The runs with what ``scclr evaluate`` has added; where that is damaged, a line of ``others`` says so."""
+    records = []
+    for run in runs:
+        try:
+            records.append(read_evaluations(run.directory))
+        except UserError as error:
+            records.append({})
+            others.append(f"damaged  {error}")
+    added = named_evaluations(records)
+    return [
+        replace(run, numbers={**run.numbers, **new}, evaluations=new) if new else run
+        for run, new in zip(runs, added, strict=True)
+    ]
 
 
 def _points(folder: Path) -> list[Point]:

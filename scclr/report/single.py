@@ -1,4 +1,4 @@
-"""What the report of one run adds: its embedding in two dimensions, its confusions, and its theory in sentences."""
+"""What the report of one run adds: what its encoder sees, its confusions, and its theory in sentences."""
 
 import io
 import math
@@ -11,10 +11,10 @@ import numpy as np
 from scclr.config.errors import UserError, one_line
 from scclr.report import drawing
 from scclr.report.drawing import Picture
+from scclr.report.encoded import neighbours, projection, see
 from scclr.report.runs import Run
 from scclr.run.files import read_bytes, read_json
 
-IMAGES = 2000  # of the test split, in the plot of the embedding
 NUMBERED = 20  # classes, up to which cells of the confusion matrix have numbers
 MEANINGS = {
     "mean_norm2": "1 if all embeddings are the same point, 0 if they are centred.",
@@ -56,9 +56,10 @@ def figures(run: Run) -> tuple[list[Picture], list[str]]:
     """The figures of one run, and why one of them is not there."""
     pictures, notes = list[Picture](), list[str]()
     try:
-        pictures.append(projection(run))
+        seen = see(run.directory)
+        pictures += [projection(seen), neighbours(seen)]
     except (UserError, OSError, ValueError) as error:
-        notes.append(f"There is no plot of the embedding: {one_line(error)}")
+        notes.append(f"There are no plots of what the encoder sees: {one_line(error)}")
     path = run.directory / "confusion.npz"
     try:
         if path.exists():
@@ -69,46 +70,6 @@ def figures(run: Run) -> tuple[list[Picture], list[str]]:
     except (UserError, OSError, ValueError, zipfile.BadZipFile) as error:
         notes.append(f"{path}: damaged ({one_line(error)})")
     return pictures, notes
-
-
-def projection(run: Run) -> Picture:
-    """The first two principal components of h of test images.
-
-    Raises:
-        UserError: the weights or the data are not there, or are not scclr's own.
-    """
-    from sklearn.decomposition import PCA
-
-    from scclr.api import Run as Loaded
-    from scclr.components import load_splits
-    from scclr.evaluate.features import extract_features
-
-    loaded = Loaded(run.directory)
-    test = load_splits(loaded.config)[1].test[slice(0, IMAGES)]
-    h = extract_features(loaded.model, test, loaded.config.probe.batch_size).double().numpy()
-    labels = test.labels.numpy()
-    pca = PCA(2, random_state=0).fit(h)
-    points, shares = pca.transform(h), 100 * pca.explained_variance_ratio_
-    figure, (panel,) = drawing.new(height=4.2)
-    classes = sorted(set(labels.tolist()))
-    for number, label in enumerate(classes):
-        part = points[labels == label]
-        panel.scatter(
-            part[:, 0],
-            part[:, 1], s=7, alpha=0.55, linewidths=0, color=drawing.colour(number), marker=drawing.marker(number // 6),
-            rasterized=True,
-        )  # fmt: skip
-    for label in classes if len(classes) <= NUMBERED else []:
-        panel.annotate(
-            str(label), np.median(points[labels == label], axis=0), fontweight="bold", ha="center", va="center",
-            bbox={"boxstyle": "circle,pad=0.2", "facecolor": "#ffffff", "edgecolor": "#444444", "linewidth": 0.6},
-            color="#000000",
-        )  # fmt: skip
-    panel.set(xlabel=f"component 1, {shares[0]:.0f} % of the variance", ylabel=f"component 2, {shares[1]:.0f} %")
-    caption = (
-        f"Principal components of h of n = {len(h):,} test images; a number is the median of the class of that label."
-    )
-    return drawing.finish(figure, "embedding", "The representation in two dimensions", caption)
 
 
 def confusion(name: str, matrix: np.ndarray, number: int) -> Picture:

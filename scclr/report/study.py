@@ -193,7 +193,8 @@ def _metric(runs: Sequence[Run], metric: str | None) -> str:
         advice = did_you_mean(metric, counts) or f"; some are {', '.join(list(counts)[:6])}"
         require(metric in counts, f"--metric {metric}: no finished run has it{advice}")
         return metric
-    own = [name for name in counts if not name.startswith(("baseline/", "validation/", "pretrain/", "seconds/", "z/"))]
+    parts = ("validation/", "pretrain/", "seconds/", "z/")
+    own = [name for name in counts if not name.startswith(parts) and "baseline/" not in name]
     tiers = (
         [name for name in own if name.endswith("/top1")],
         [name for name in own if direction(name) > 0],

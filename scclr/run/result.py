@@ -1,9 +1,9 @@
-"""How the result of a run is shown."""
+"""The result of a run: how it is read and shown, and what ``scclr evaluate`` has added to it."""
 
 import re
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from scclr.config.errors import require
 from scclr.config.schema import TrainConfig, has_parts
 from scclr.run.files import is_number, read_json
+from scclr.run.lock import EVALUATIONS
 
 NEEDED = ("metrics", "seconds", "config")  # the parts of every result
 NUMBERS = ("metrics", "seconds", "validation", "last")  # the parts that hold numbers
@@ -41,6 +42,46 @@ def read_result(directory: Path) -> dict[str, Any]:
         require(whole, f"{path}: damaged (its {name}); {ADVICE}")
     require("total" in result["seconds"], f"{path}: damaged (its seconds lack the total); {ADVICE}")
     return result
+
+
+def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
+    """What ``scclr evaluate`` has added to a run, by ``<dataset>-<protocol>-<hash>``.
+
+    Raises:
+        UserError: a file of it is damaged.
+    """
+    return {path.stem: _evaluation(path) for path in sorted((directory / EVALUATIONS).glob("*.json"))}
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    numbers = record.get("metrics")
+    whole = isinstance(numbers, dict) and all(map(is_number, numbers.values()))
+    whole = whole and all(isinstance(record.get(name), str) for name in ("dataset", "protocol"))
+    require(whole, f"{path}: damaged; delete it and evaluate again")
+    return record
+
+
+def named_evaluations(found: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[dict[str, float]]:
+    """The numbers of the evaluations of several runs, by names such as ``mnist/knn-v1/top1``.
+
+    Where a protocol was evaluated with several options, the names have the hash of these, for all runs.
+
+    Args:
+        found: for each run, what ``read_evaluations`` returns.
+    """
+    hashes: dict[str, set[str]] = {}
+    for stem in (stem for records in found for stem in records):
+        hashes.setdefault(stem.rpartition("-")[0], set()).add(stem.rpartition("-")[2])
+    rows = []
+    for records in found:
+        row: dict[str, float] = {}
+        for stem, record in records.items():
+            name, _, digest = stem.rpartition("-")
+            prefix = record["dataset"] if len(hashes[name]) == 1 else f"{record['dataset']}-{digest}"
+            row |= {f"{prefix}/{metric}": value for metric, value in record["metrics"].items()}
+        rows.append(row)
+    return rows
 
 
 def validation_accuracy(result: dict[str, Any]) -> float | None:
@@ -99,8 +140,7 @@ def hint(config: TrainConfig, directory: Path) -> str:
     balances = "" if config.alpha is None else " alpha=0.3,0.5,0.7"
     sweep = f"add -m{balances} seed=0,1,2 to compare {'balances' if balances else 'seeds'}"
     if config.tracking.mode == "offline":
-        folder = config.tracking.dir or str(directory)
-        return f"{sweep}\n      wandb sync {shlex.quote(folder)}/wandb/offline-run-*"
+        return f"{sweep}\n      scclr sync {shlex.quote(config.tracking.dir or str(directory))}"
     return sweep
 
 

@@ -1,38 +1,18 @@
-"""The record of a run: ``metrics.jsonl``, its other files, its progress, and Weights & Biases.
-
-Only this module imports wandb.
-"""
+"""The record of a run: ``metrics.jsonl``, its other files, its progress, and Weights & Biases if it is not disabled."""
 
 import json
-import os
-import re
-import secrets
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-import wandb
 from PIL import Image
 
-from scclr.config.errors import UserError, one_line
+from scclr.config.errors import one_line
 from scclr.config.schema import TrackingConfig
 from scclr.run.files import is_number, read_bytes, write_atomic, write_json, write_text
 from scclr.run.progress import Progress, shares_terminal
-from scclr.run.wandb_environment import (
-    OFFLINE,
-    make_folder,
-    require_key,
-    require_server,
-    say_ignored,
-    variable,
-    wandb_environment,
-)
-
-LIMITS: dict[str, Any] = {"init_timeout": 10, "finish_timeout": 60}  # seconds for W&B to begin and to end a run
 
 
 class Log:
@@ -84,7 +64,7 @@ class RunLog(Log):
     checkpoint are dropped and the others are sent to W&B again, so that an offline W&B run is whole too.
 
     In W&B every metric is a chart over ``step``, the finished training steps; the final numbers are points at the last
-    one. The variables WANDB_NAME, WANDB_RUN_GROUP and WANDB_JOB_TYPE replace what is given here, WANDB_TAGS adds to it.
+    one. Variables such as WANDB_NAME change how it is shown (``wandb_run.described``).
 
     Args:
         directory: the run folder, whose name is that of the run in W&B.
@@ -115,16 +95,12 @@ class RunLog(Log):
         self.pictures: dict[str, Any] = {}
         rows = [row for row in read_rows(self.path) if row["step"] <= start and start > 0]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        words = [*tags, *(variable("TAGS") or "").split(",")]
-        shown = {
-            "name": variable("NAME") or directory.name,
-            "group": variable("RUN_GROUP") or group,
-            "job_type": variable("JOB_TYPE") or job_type,
-            "notes": variable("NOTES"),
-            "tags": list(dict.fromkeys(word.strip()[:64] for word in words if word.strip())),  # W&B's longest tag
-            "config": dict(settings),
-        }
-        self.wandb = None if config.mode == "disabled" else _start_wandb(directory, config, shown, resumed=start > 0)
+        self.wandb: Any = None
+        if config.mode != "disabled":
+            from scclr.run.wandb_run import described, start_run  # which imports wandb
+
+            shown = described(directory.name, group, job_type, tags, settings)
+            self.wandb = start_run(directory, config, shown, resumed=start > 0)
         self._send(lambda run: run.define_metric("step", hidden=True))
         self._send(lambda run: run.define_metric("*", step_metric="step"))
         self.file: IO[str] = open(self.path, "a")  # noqa: SIM115
@@ -145,9 +121,11 @@ class RunLog(Log):
                 call(self.wandb)
         except Exception as error:  # W&B raises errors of many kinds
             reason = f"{type(error).__name__}: {one_line(error)}"
-            self.say(f"W&B stopped ({reason}): metrics.jsonl goes on; `wandb sync` uploads what it had")
+            self.say(f"W&B stopped ({reason}): metrics.jsonl goes on; `scclr sync` uploads what it had")
             self.wandb = None
-            threading.Thread(target=_teardown, daemon=True).start()  # so that the next run starts its service anew
+            from scclr.run.wandb_run import teardown
+
+            threading.Thread(target=teardown, daemon=True).start()  # so that the next run starts its service anew
 
     def _note(self, step: int, row: dict[str, float]) -> None:
         self.step = step
@@ -194,12 +172,9 @@ class RunLog(Log):
         path, page = self.directory / f"{name}.png", image()
         write_atomic(path, lambda file: page.save(file, format="png"))
         if self.wandb is not None:
-            self.pictures[name] = wandb.Image(str(path))
+            from scclr.run.wandb_run import picture
 
-
-def _teardown() -> None:
-    with suppress(Exception):
-        wandb.teardown()
+            self.pictures[name] = picture(path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -223,72 +198,7 @@ def check_tracking(config: TrackingConfig) -> None:
         UserError: a variable with a wrong value, a folder that cannot be written, and with ``online`` no key, or no
             server that answers within seconds.
     """
-    if config.mode == "disabled":
-        return
-    say_ignored()
-    with wandb_environment():
-        for name, value in os.environ.items():
-            if name.startswith("WANDB_"):
-                _check_variable(name, value)
-    if config.dir is not None:
-        make_folder(Path(config.dir))
-    if config.mode == "online":
-        require_key()
-        with wandb_environment():
-            session = wandb.sdk.wandb_setup.singleton()
-            settings = None if session is None else session.settings
-        if settings is not None:  # older versions learn of their server only when they start
-            proxies = {"http": settings.http_proxy, "https": settings.https_proxy}
-            given = tuple((scheme, proxy) for scheme, proxy in proxies.items() if proxy)
-            require_server(variable("BASE_URL") or settings.base_url, given)
+    if config.mode != "disabled":
+        from scclr.run.wandb_run import check
 
-
-def _check_variable(name: str, value: str) -> None:
-    try:
-        wandb.Settings().update_from_env_vars({name: value})
-    except (ValueError, wandb.errors.Error) as error:
-        details = getattr(error, "errors", None)  # of pydantic, whose text has several lines
-        reason = details()[0]["msg"].removeprefix("Value error, ") if details else one_line(error)
-        shown = name if re.search("KEY|TOKEN|HEADER|PROX", name) else f"{name}={value}"
-        raise UserError(f"{shown}: W&B refuses this value ({reason}); correct it, or type unset {name}") from error
-
-
-def _start_wandb(directory: Path, config: TrackingConfig, shown: Mapping[str, Any], *, resumed: bool) -> Any:
-    own = directory / "wandb"
-    base = Path(config.dir or directory).resolve()  # W&B's service process has a working directory of its own
-    make_folder(own)
-    make_folder(base)
-    limits = {k: v for k, v in LIMITS.items() if k in wandb.Settings.model_fields and variable(k.upper()) is None}
-    try:
-        with wandb_environment(spare=own):
-            return wandb.init(
-                mode=config.mode,  # type: ignore[arg-type]
-                project=config.project,
-                entity=config.entity,
-                id=_identity(own, base / "wandb", resumed=resumed),
-                resume="allow" if config.mode == "online" else None,
-                dir=str(base),
-                settings=wandb.Settings(silent=True, console="off", **limits),
-                **shown,
-            )
-    except (wandb.errors.Error, ValueError, RuntimeError) as error:
-        raise UserError(f"W&B does not start ({one_line(error)}); mend this, {OFFLINE}") from error
-
-
-def _identity(own: Path, files: Path, *, resumed: bool) -> str:
-    """The W&B run of a run folder: the same as before if ``resumed``. Its older offline files are deleted.
-
-    Args:
-        own: a folder inside the run folder.
-        files: where W&B writes.
-    """
-    path = own / "run-id"
-    known = path.read_text() if path.exists() else ""
-    if not re.fullmatch("[0-9a-f]{8}", known):
-        known, resumed = "", False
-    for folder in {own, files} if known else ():
-        for stale in folder.glob(f"offline-run-*-{known}"):  # its rows are sent again, or belong to no checkpoint
-            shutil.rmtree(stale)
-    if not resumed:
-        path.write_text(known := secrets.token_hex(4))
-    return known
+        check(config)

@@ -23,7 +23,8 @@ IGNORED = (
     *("SWEEP_ID", "SWEEP_PARAM_PATH", "CONFIG_PATHS", "LAUNCH", "CONSOLE"),
 )
 CONNECT_SECONDS = 5  # for the server to answer at all
-OFFLINE = "or type tracking.mode=offline, and `wandb sync` uploads the run later"
+ONLINE = "tracking.mode=online: "
+OFFLINE = "or type tracking.mode=offline, and `scclr sync` uploads the run later"
 
 
 def variable(name: str) -> str | None:
@@ -76,21 +77,26 @@ def say_ignored() -> None:
         print(f"{names}: no effect, since every run folder has a W&B run of its own and goes on in it", file=sys.stderr)
 
 
-def require_key() -> None:
-    """Raise ``UserError`` if there is certainly no key: none in the environment, and no file that may hold one."""
+def require_key(before: str = ONLINE, after: str = OFFLINE) -> None:
+    """Raise ``UserError`` if there is certainly no key: none in the environment, and no file that may hold one.
+
+    Args:
+        before, after: what the message begins and ends with.
+    """
     config = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
     logins = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
     files = [os.path.expanduser(path) for path in (*logins, f"{config}/settings")]
     known = variable("API_KEY") or variable("IDENTITY_TOKEN_FILE") or any(map(os.path.exists, files))
-    require(bool(known), f"tracking.mode=online: W&B has no key; type `wandb login`, {OFFLINE}")
+    require(bool(known), _sentence(before, "W&B has no key; type `wandb login`", after))
 
 
 @functools.cache
-def require_server(url: str, proxies: tuple[tuple[str, str], ...]) -> None:
+def require_server(url: str, proxies: tuple[tuple[str, str], ...], before: str = ONLINE, after: str = OFFLINE) -> None:
     """Raise ``UserError`` unless something answers at ``url``, whatever it says. W&B itself tries for 90 seconds.
 
     Args:
         proxies: pairs of a scheme and a proxy, besides those of the environment.
+        before, after: what the message begins and ends with.
     """
     answers: list[object] = []
 
@@ -109,10 +115,12 @@ def require_server(url: str, proxies: tuple[tuple[str, str], ...]) -> None:
     thread.start()
     thread.join(CONNECT_SECONDS)
     problem = answers[0] if answers else f"no answer within {CONNECT_SECONDS} s"
-    require(
-        problem is None,
-        f"tracking.mode=online: W&B's server at {url} cannot be reached ({problem}); check the network, {OFFLINE}",
-    )
+    message = f"W&B's server at {url} cannot be reached ({problem}); check the network"
+    require(problem is None, _sentence(before, message, after))
+
+
+def _sentence(before: str, message: str, after: str) -> str:
+    return f"{before}{message}{f', {after}' if after else ''}"
 
 
 def make_folder(folder: Path) -> None:

@@ -188,15 +188,16 @@ def _projector(runs: Runs) -> list[Verdict]:
 
 
 def draw(runs: Runs) -> Figure:
-    """V_aug, repulsion, B2 and S_B against alpha; a colour for each temperature, a cross where all is one point."""
-    figure = Figure(figsize=(13, 3.3), layout="constrained")
-    axes = figure.subplots(1, 4)
+    """What alpha moves, run by run; a colour for each temperature, a cross where all is one point."""
     shown = {
+        PROBE: "accuracy of the linear probe",
         V_AUG: "V_aug, variance between views",
         REPEL: "repulsion",
         B2: "B2, squared bias",
-        S_B: "S_B, between classes",
+        S_B: "S_B, variance between classes",
     }
+    figure = Figure(figsize=(14, 3), layout="constrained")
+    axes = figure.subplots(1, len(shown))
     for axis, (metric, label) in zip(axes, shown.items(), strict=True):
         for number, (temperature, part) in enumerate(split(runs, TEMPERATURE).items()):
             for collapsed in (False, True):
