@@ -65,8 +65,12 @@ def test_it_is_short_and_has_its_commands() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for link in re.findall(r"\]\(([^)]+)\)", TEXT):
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+    for link in re.findall(r"\]\((?!https://)([^)]+)\)", TEXT):
+        path, _, heading = link.partition("#")
+        titles = re.findall(r"(?m)^#+ (.*)", (ROOT / (path or "README.md")).read_text()) if heading else []
+        anchors = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+        assert (ROOT / path).exists(), link
+        assert not heading or heading in anchors, link
     for path in re.findall(r"`((?:scripts|tests|conf|scclr)/[\w./]+)`", TEXT):
         assert (ROOT / path).exists(), path
 
