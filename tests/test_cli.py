@@ -1,6 +1,5 @@
 """The command line: what it answers, what it refuses in one line, and what it leaves behind."""
 
-import os
 import platform
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import pytest
 from conftest import TINY, run_folders
 
 from scclr import __version__
-from scclr.cli import main
 
 Run = Callable[..., int]
 
@@ -38,19 +36,6 @@ def test_a_command_line_that_does_not_compose_is_refused_without_torch(words: st
 def test_module_runs() -> None:
     out = subprocess.run([sys.executable, "-m", "scclr", "--version"], capture_output=True, text=True, check=True)
     assert out.stdout == f"scclr {__version__}\n"
-
-
-@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(
-    given: str | None, found: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.argv", ["scclr", "--version"])
-    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
-    if given is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
-    with pytest.raises(SystemExit):
-        main()
-    assert os.environ["OMP_WAIT_POLICY"] == found
 
 
 def test_unknown_command(scclr: Run, capsys: pytest.CaptureFixture[str]) -> None:

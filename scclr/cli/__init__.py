@@ -34,9 +34,6 @@ def main() -> NoReturn:
     from scclr.run.output import survive_closed_output
 
     survive_closed_output()
-    # Threads that wait sleep instead of spinning. Where another program uses the cores too, a spinning thread keeps the
-    # one that it waits for from running: training beside two other processes was 4 to 12 times as slow on two cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP reads it when torch is imported
     with suppress(OSError):  # the folder was deleted
         sys.path += [folder for folder in (os.getcwd(),) if folder not in sys.path]
     sys.exit(dispatch(sys.argv[1:]))
