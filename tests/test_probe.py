@@ -90,6 +90,21 @@ def test_the_gradient_is_that_of_the_objective() -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(value, weights)[0])
 
 
+def test_single_precision_is_near_double_also_far_from_zero() -> None:
+    draw = torch.Generator().manual_seed(3)
+    y = torch.randint(0, 4, (500,), generator=draw)
+    x = torch.randn(4, 12, generator=draw)[y] + torch.randn(500, 12, generator=draw) + 1000 * torch.arange(12.0)
+    x[:, 3] = 7.0
+    weights = torch.randn(4, 13, generator=draw, dtype=torch.float64) @ Objective.of([(x, y)], 0.01).standard
+    double, single = (Objective.of([(x, y)], 0.01, dtype) for dtype in (torch.float64, torch.float32))
+    (value, gradient), (near, slope) = double(weights), single(weights)
+    assert abs(near / value - 1) < 1e-4
+    to_standard = double.standard.T
+    torch.testing.assert_close(slope @ to_standard, gradient @ to_standard, rtol=1e-3, atol=1e-3)
+    fits = [fit_logreg([(x, y)], 4, 0.01, 200, tolerance=1e-5, dtype=dtype) for dtype in (torch.float64, torch.float32)]
+    assert abs(double(fits[1].weights)[0] / double(fits[0].weights)[0] - 1) < 1e-5
+
+
 def test_parts_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Features in float32 and in two parts, in blocks of a few rows, against one block of float64."""
     x, y = blobs()
