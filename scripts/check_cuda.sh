@@ -7,8 +7,9 @@
 #
 # It leaves check_cuda.json (tests by name, benchmark rows, card, driver, versions) and check_cuda.log in $OUT, or in the
 # current folder. What time does not suffice for is counted as not reached: ONLY=tests and ONLY=bench give one of the two
-# all of it, and words after the folder go to pytest, as in: check_cuda.sh wheels -k runs. PYTHON is the interpreter (python3), PYTHON_VERSION that of the wheels (3.12). SCCLR_TEST_DEVICE=cpu
-# goes through all of it in small without a GPU.
+# all of it, LIMIT says how many seconds there are (540), and words after the folder go to pytest, as in
+# check_cuda.sh wheels -k runs. PYTHON is the interpreter (python3), PYTHON_VERSION that of the wheels (3.12).
+# SCCLR_TEST_DEVICE=cpu goes through all of it in small without a GPU.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
@@ -21,7 +22,7 @@ requirements() { # what the package and its tests need, but torch and torchvisio
 import sys, tomllib
 with open(sys.argv[1], "rb") as file:
     needed = tomllib.load(file)["project"]["dependencies"]
-print(*(line for line in needed if not line.startswith("torch")), "pytest>=8", "hypothesis>=6.100", "hatchling", "editables")
+print(*(line for line in needed if not line.startswith("torch")), "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "hatchling", "editables")
 END
 }
 
@@ -77,20 +78,22 @@ small=$([ "$device" = cuda ] || echo --small)
 export SCCLR_TEST_DEVICE=$device WANDB_MODE=disabled PYTHONUNBUFFERED=1
 cd "$here"
 only=${ONLY:-tests,bench}
+limit=$((${LIMIT:-540} - 25)) # to stop what still runs, and to write
 : > "$out/check_cuda.log"
 if [[ $only == *tests* ]]; then
-    limit=$([[ $only == tests ]] && echo $((500 - SECONDS)) || echo 330)
-    echo "== tests (at most $limit seconds)"
-    # pytest-xdist, which pyproject.toml asks for, need not be there: the tests have the card one at a time.
-    timeout -s INT -k 20 "$limit" "$python" -m pytest -v -m cuda -o addopts=--strict-markers -p no:cacheprovider \
-        --basetemp "$scratch/tests" tests/test_cuda.py tests/test_cuda_runs.py "${@:2}" 2>&1 | tee -a "$out/check_cuda.log" | grep -E '^(FAILED|ERROR|E  )' || true
+    left=$(((limit - SECONDS) * ($([[ $only == tests ]] && echo 10 || echo 6)) / 10))
+    echo "== tests (at most $left seconds)"
+    workers=$(($(nproc) < 6 ? $(nproc) : 6)) # most of a test is work of the host
+    timeout -s INT -k 20 "$left" "$python" -m pytest -v -m cuda -o addopts=--strict-markers -n $workers --dist load --durations 12 \
+        -p no:cacheprovider --basetemp "$scratch/tests" tests/test_cuda_runs.py tests/test_cuda.py "${@:2}" 2>&1 |
+        tee -a "$out/check_cuda.log" | grep -E '^(FAILED|ERROR|E  )|^=.* in |s (call|setup)' || true
 fi
 if [[ $only == *bench* ]]; then
-    left=$((515 - SECONDS))
+    left=$((limit - SECONDS))
     echo "== benchmarks (at most $left seconds)"
     # shellcheck disable=SC2086
     timeout -s INT -k 20 "$left" "$python" scripts/bench_cuda.py --device "$device" $small --seconds $((left - 60)) \
-        --probe-images 200000 --out "$scratch/bench.json" 2>&1 | tee -a "$out/check_cuda.log" || true
+        --only pairs,views,probe,steps --probe-images 200000 --out "$scratch/bench.json" 2>&1 | tee -a "$out/check_cuda.log" || true
 fi
 
 "$python" - "$out" "$scratch/bench.json" "$SECONDS" << 'END'
@@ -101,15 +104,17 @@ out, bench, seconds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 tests = {"passed": [], "failed": [], "skipped": [], "error": [], "unfinished": []}
 log = (out / "check_cuda.log").read_text()
 for line in log.splitlines():
-    if found := re.match(r"(tests/\S+::.+?)(?: (PASSED|FAILED|SKIPPED|ERROR)\b.*)?$", line):
-        tests[(found[2] or "unfinished").lower()].append(found[1].rstrip())
+    if found := re.match(r"\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|SKIPPED|ERROR) (tests/\S+::.+)", line):
+        tests[found[1].lower()].append(found[2].rstrip())
+    elif line.startswith("tests/") and "::" in line:  # it has begun
+        tests["unfinished"].append(line.rstrip())
 done = {name for kind in ("passed", "failed", "skipped", "error") for name in tests[kind]}
 tests["unfinished"] = [name for name in tests["unfinished"] if name not in done]
 measured = json.loads(bench.read_text()) if bench.exists() else {"machine": None, "rows": [], "notes": ["no benchmark"]}
 (out / "check_cuda.json").write_text(json.dumps({"seconds": seconds, "tests": tests, **measured}, indent=1))
 card = (measured["machine"] or {}).get("gpu") or "CPU"
 counts = ", ".join(f"{len(names)} {kind}" for kind, names in tests.items())
-if chosen := re.search(r"(\d+) selected", log) or re.search(r"collected (\d+) items", log):
+if chosen := re.search(r"\[(\d+) items?\]", log):
     counts += f", {int(chosen[1]) - len(done) - len(tests['unfinished'])} not reached"
 print(f"{card}: tests {counts}; {len(measured['rows'])} measurements; {seconds} s; {out / 'check_cuda.json'}")
 sys.exit(bool(tests["failed"] or tests["error"]) or not (tests["passed"] or measured["rows"]))

@@ -60,11 +60,16 @@ def sized(cuda: T, cpu: T) -> T:
     return cuda if CUDA else cpu
 
 
+@pytest.fixture
+def alone() -> None:
+    """Asked for by a test that measures time: it has the card for itself, whatever pytest-xdist runs beside it."""
+
+
 @pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    """One test at a time has the card, whichever process of pytest-xdist runs it, and products in full float32."""
+def card(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Products in full float32; memory is given back afterwards, for the tests in other processes."""
     with open(Path(tempfile.gettempdir()) / "scclr-test-cuda.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX if "alone" in request.fixturenames else fcntl.LOCK_SH)
         older = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):

@@ -1,7 +1,7 @@
 """What must hold on a GPU, beside what the CPU computes: losses, views, steps, and what they take.
 
-    pytest -m cuda -n 0                                          on a machine with one GPU, about five minutes
-    SCCLR_TEST_DEVICE=cpu pytest -m cuda -n 0                    the same tests, in small, on the CPU
+    pytest -m cuda -n 4 --dist load                              on a machine with one GPU and four cores or more
+    SCCLR_TEST_DEVICE=cpu pytest -m cuda                         the same tests, in small, on the CPU
 
 Whole runs and their processes are in ``test_cuda_runs.py``.
 """
@@ -18,6 +18,7 @@ from cuda_helpers import (
     DEVICE,
     MARKS,
     alone,
+    card,
     coloured,
     near,
     parts,
@@ -41,7 +42,7 @@ from scclr.pretrain.metrics import embedding_metrics
 from scclr.pretrain.state import TrainState
 
 pytestmark = MARKS
-__all__ = ["alone"]
+__all__ = ["alone", "card"]
 
 LOSSES = sorted(path.stem for path in (conf_dir() / "loss").glob("*.yaml"))
 RECIPES = sorted(path.stem for path in (conf_dir() / "augment").glob("*.yaml"))
@@ -218,6 +219,7 @@ def test_a_step_never_waits_for_the_device(kind: str, micro_batch: int | None) -
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("kind", ["bf16", "fp32, SGD"])
 def test_a_step_returns_while_the_device_is_busy(kind: str) -> None:
     """The host launches a step in at most 50 ms, while the device still has 200 ms of other work before it."""

@@ -1,7 +1,7 @@
 """Whole runs on one GPU and on two: repeatable, resumable, stopped by signals, and evaluated in little memory.
 
-pytest -m cuda -n 0         on one GPU
-pytest -m cuda2 -n 0        on two
+pytest -m cuda -n 4 --dist load         on one GPU
+pytest -m cuda2 -n 4 --dist load        on two
 """
 
 import json
@@ -25,6 +25,7 @@ from cuda_helpers import (
     MARKS,
     WORDS,
     alone,
+    card,
     coloured,
     environment,
     parts,
@@ -47,7 +48,7 @@ from scclr.run.checkpoint import load
 from scclr.theory.forecast import forecast_collapse
 
 pytestmark = MARKS
-__all__ = ["alone"]
+__all__ = ["alone", "card"]
 
 two_gpus = pytest.mark.skipif(GPUS < 2, reason=f"two GPUs are needed, and there are {GPUS}")
 TWO = [pytest.mark.cuda2, two_gpus]
@@ -339,6 +340,7 @@ class TestTwo:
             steps.append(load(run_of(tmp_path / "runs"))["step"])
         assert steps == sorted(set(steps)), "each went on where the last one had stopped"
 
+    @pytest.mark.usefixtures("alone")
     @pytest.mark.skipif(not CUDA, reason="the processes share the cores of the CPU")
     def test_they_are_nearly_twice_as_fast(self, tmp_path: Path) -> None:
         for i in range(2400):

@@ -261,7 +261,7 @@ def told(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
                 yield block
 
         monkeypatch.setattr("scclr.datasets.loader.read_ahead", read)
-        monkeypatch.setattr("scclr.datasets.loader.available_cores", lambda: cores)
+        monkeypatch.setattr("scclr.datasets.loader.own_cores", lambda: cores)
         cache = {"cache": str(tmp_path), "resize": 24} if held == "cache" else {}
         data = all_images(photographs, workers=workers, in_memory=held == "memory", **cache)
         parts = batches(

@@ -14,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from scclr.config.errors import UserError
 from scclr.datasets import Splits
 from scclr.datasets.imagefolder import default_workers, memory_limit
+from scclr.run.machine import AT_ONCE
 from scclr.run.torchrun import Group
 
 
@@ -98,11 +99,14 @@ def test_a_folder_that_may_not_be_entered(tmp_path: Path, below: str) -> None:
         (tmp_path / below).chmod(0o755)
 
 
-@pytest.mark.parametrize(("processes", "expected"), [(1, 12), (4, 3), (100, 1)])
-def test_workers_share_the_cores_of_a_node(processes: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("processes", "at_once", "expected"), [(1, 1, 12), (4, 1, 3), (100, 1, 1), (2, 3, 2)])
+def test_workers_share_the_cores_of_a_node(
+    processes: int, at_once: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     node = Group(size=processes, local_size=processes)
-    monkeypatch.setattr("scclr.datasets.imagefolder.group", lambda: node)
-    monkeypatch.setattr("scclr.datasets.imagefolder.available_cores", lambda: 12)
+    monkeypatch.setattr("scclr.run.machine.group", lambda: node)
+    monkeypatch.setattr("scclr.run.machine.available_cores", lambda: 12)
+    monkeypatch.setenv(AT_ONCE, str(at_once))
     assert default_workers() == expected
 
 

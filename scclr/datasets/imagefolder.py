@@ -21,8 +21,7 @@ from scclr.datasets.files import Files, OnDisk
 from scclr.datasets.listing import class_folders, list_images
 from scclr.datasets.reading import reading
 from scclr.datasets.workers import start_server
-from scclr.run.machine import available_cores, memory_limit
-from scclr.run.torchrun import group
+from scclr.run.machine import memory_limit, own_cores
 
 MOST_WORKERS = 16  # of one process, where dataset.workers leaves their number open
 MOST_PIXELS = 10_000  # on a side: an image of three bytes a pixel takes 300 MB
@@ -201,8 +200,8 @@ def check_sizes(image_size: int, resize: int | None, workers: int | None) -> Non
 
 
 def default_workers() -> int:
-    """This process's share of the cores, among the processes that torchrun started on the node."""
-    return min(max(1, available_cores() // group().local_size), MOST_WORKERS)
+    """As many as this process has cores, but no more than read faster than one disk gives."""
+    return min(own_cores(), MOST_WORKERS)
 
 
 def read_all(data: ImageSet) -> ImageSet:

@@ -20,8 +20,7 @@ from scclr.config.errors import require
 from scclr.datasets import ImageSet
 from scclr.datasets.files import IMAGES_PER_JOB, Block, Files, OnDisk
 from scclr.datasets.workers import read_ahead
-from scclr.run.machine import available_cores
-from scclr.run.torchrun import group
+from scclr.run.machine import own_cores
 
 SETTLING_STEPS = 20  # in which workers start and caches fill
 JUDGED_STEPS, JUDGED_SECONDS = 30, 20.0  # the least time over which waiting is judged
@@ -116,7 +115,7 @@ class _Waiting:
 
     def _advice(self, seconds: float) -> str:
         """What to type. The work of reading, in seconds of one worker, is to be done while the steps compute."""
-        workers, cores = self.images.workers, max(1, available_cores() // group().local_size)
+        workers, cores = self.images.workers, own_cores()
         work = workers * seconds if workers > 0 else self.waited
         needed = max(workers + 1, math.ceil(work / max(seconds - self.waited, 1e-3 * seconds)))
         decodes = isinstance(self.images, Files)

@@ -68,9 +68,13 @@ def pretrain(
         data, augment, seed=seed, batch_size=batch_size, steps=steps, rank=rank, size=world_size, say=log.say
     )
     if compiles(device, config.compile):
-        network, augment = torch.compile(network), augment.compiled()  # type: ignore[assignment]
+        # CUDA graphs launch the kernels of a pass at once. Collectives, and parts of a batch, stay outside of them.
+        graphs = device.type == "cuda" and world_size == 1 and config.micro_batch is None
+        network = torch.compile(network, mode="reduce-overhead" if graphs else None)  # type: ignore[assignment]
+        augment = augment.compiled()
 
     for step, batch in zip(steps, loader, strict=True):
+        torch.compiler.cudagraph_mark_step_begin()  # what the graphs of the last step returned is no longer read
         lr = set_lr(state.optimizer, lr_factor(step, total, warmup))
         if alpha is not None:
             state.loss.alpha = alpha(step / max(1, total - 1))

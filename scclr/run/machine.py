@@ -16,9 +16,11 @@ from torch import Tensor
 
 import scclr
 from scclr.config.errors import UserError, one_line
+from scclr.run.torchrun import group
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BYTES = 2**29
+AT_ONCE = "SCCLR_POINTS_AT_ONCE"  # in the environment of a sweep's points: how many of them share the machine
 # In errors of PyTorch that are about memory, and have no type of their own: of a CPU, of CUDA's libraries, of NCCL.
 TOO_LARGE = (
     r"DefaultCPUAllocator|Storage size calculation overflowed|CUDA error: out of memory|Cuda failure.*out of memory"
@@ -32,6 +34,11 @@ PACKAGES = ("scclr", "torch", "torchvision", "hydra-core", "numpy", "scikit-lear
 def available_cores() -> int:
     """The number of processor cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def own_cores() -> int:
+    """This process's share of the cores, beside those that torchrun started here and other points of its sweep."""
+    return max(1, available_cores() // (group().local_size * int(os.environ.get(AT_ONCE, "1"))))
 
 
 def memory_limit() -> int:

@@ -10,7 +10,7 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
-from scclr.run.machine import available_cores
+from scclr.run.machine import AT_ONCE, available_cores
 from scclr.run.output import survive_closed_output
 from scclr.run.preemption import SIGNALS, SILENT, Stop, blocked_signals
 
@@ -32,7 +32,7 @@ def run_points(
     remaining points start. A signal to this process or to its group stops the sweep: no other point starts, and the
     running ones save and exit before this returns. They do so too if this process is killed.
 
-    The cores are divided among the processes, unless ``OMP_NUM_THREADS`` is set.
+    The cores are divided among the processes: threads, unless ``OMP_NUM_THREADS`` is set, and workers that read images.
 
     Args:
         work: a function at the top of a module. It and the points are pickled.
@@ -44,6 +44,7 @@ def run_points(
         KeyboardInterrupt: after SIGINT.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // jobs)))
+    os.environ[AT_ONCE] = str(jobs)
     os.environ["PYTHONSAFEPATH"] = "1"  # the server would look for modules in the current folder first
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
     waiting = list(points)
