@@ -321,6 +321,15 @@ def test_compiled_steps_train_alike(exact: bool) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_many_trainings_of_one_process_are_compiled() -> None:
+    """Each point of a sweep is, whatever the points before it compiled."""
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for exact in (True, False):
+            words = [f"pretrain.batch_size={sized(256, 16)}", f"augment.exact={exact}", "pretrain.compile=true"]
+            assert trained(2, *words)[-1]["loss"] > 0
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("exact", [True, False])
 def test_compiled_views_are_those_of_the_cpu(exact: bool) -> None:
     augment = make_augment(compose("augment=simclr", "augment.blur=0.5", f"augment.exact={exact}"))

@@ -68,6 +68,7 @@ def pretrain(
         data, augment, seed=seed, batch_size=batch_size, steps=steps, rank=rank, size=world_size, say=log.say
     )
     if compiles(device, config.compile):
+        torch.compiler.reset()  # what earlier runs of this process compiled counts towards its limit of recompilations
         # CUDA graphs launch the kernels of a pass at once. Collectives, and parts of a batch, stay outside of them.
         graphs = device.type == "cuda" and world_size == 1 and config.micro_batch is None
         network = torch.compile(network, mode="reduce-overhead" if graphs else None)  # type: ignore[assignment]
