@@ -155,7 +155,7 @@ def steps(bench: Bench) -> None:
 def steps_at(bench: Bench, batch_size: int) -> None:
     """Rows of one batch size. The largest and the smallest are compiled too, and 512: that takes most of the time.
 
-    What is compiled runs as ``scclr train`` has it on one GPU: the model's passes are CUDA graphs.
+    What is compiled runs as ``pretrain.compile=graphs`` has it: the model's passes are CUDA graphs.
     """
     words = [*(SMALL if bench.small else PAIRS), f"pretrain.batch_size={batch_size}", "optimizer=sgd"]
     config = compose(*words)

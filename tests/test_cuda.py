@@ -306,13 +306,13 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("exact", [True, False])
-def test_compiled_steps_train_alike(exact: bool) -> None:
+@pytest.mark.parametrize(("exact", "how"), [(True, "true"), (False, "true"), (False, sized("graphs", "true"))])
+def test_compiled_steps_train_alike(exact: bool, how: str) -> None:
     words = [f"pretrain.batch_size={sized(256, 16)}", "pretrain.log_every=1", f"augment.exact={exact}"]
     words += ["pretrain.precision=fp32", "optimizer=sgd", "optimizer.lr=0.01"]  # Adam's first steps enlarge rounding
     plain = trained(20, *words, "pretrain.compile=false")
     with recompilations() as again:
-        compiled = trained(20, *words, "pretrain.compile=true")
+        compiled = trained(20, *words, f"pretrain.compile={how}")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "something was compiled"
     assert not torch._dynamo.utils.counters["graph_break"]
     assert len(again) <= 2, again

@@ -12,6 +12,7 @@ from conftest import TINY, compose, noise, training
 from torch.nn.parallel import DistributedDataParallel
 
 from scclr.augment import Augment
+from scclr.components import check
 from scclr.config.compose import conf_dir
 from scclr.config.errors import UserError
 from scclr.config.schema import TrainConfig
@@ -227,6 +228,17 @@ def test_compile_takes_auto_true_and_false(word: str, value: object, on_cpu: boo
     assert found is value or found == value == "auto"
     assert compiles(torch.device("cpu"), found) is on_cpu
     assert compiles(torch.device("cuda"), found) is on_cuda
+
+
+def test_graphs_of_kernels_are_for_whole_batches_on_a_gpu() -> None:
+    words = [*TINY, "pretrain.compile=graphs"]
+    assert compiles(torch.device("cuda"), compose(*words).pretrain.compile)
+    with pytest.raises(UserError, match=r"needs CUDA: type pretrain\.compile=true or auto"):
+        check(compose(*words, "device=cpu"))
+    check(compose(*words), here=False)
+    for change in ("pretrain.micro_batch=4", "nproc=2"):
+        with pytest.raises(UserError, match=r"one process and whole batches: type pretrain\.compile=auto"):
+            check(compose(*words, change), here=False)
 
 
 @pytest.mark.parametrize("word", ["maybe", "1", "null", "0.5", "[]"])

@@ -33,7 +33,7 @@ from scclr.datasets.loader import refuse_rotation
 from scclr.encoders.model import Model, activations
 from scclr.encoders.weights import check_foreign, has_foreign_weights, load_foreign
 from scclr.evaluate.features import chosen_rows
-from scclr.pretrain.loop import precision_dtype
+from scclr.pretrain.loop import compiles, precision_dtype
 from scclr.run import torchrun
 from scclr.run.checkpoint import load, saved_config
 from scclr.run.distributed import launched_processes
@@ -94,10 +94,14 @@ def check(config: TrainConfig, here: bool = True) -> None:
     check_writable(Path(config.runs))
     if here:
         check_processes(config)
-        precision_dtype(pick_device(config.device), config.pretrain.precision)
+        precision_dtype(device := pick_device(config.device), config.pretrain.precision)
+        compiles(device, config.pretrain.compile)
     batch, processes = config.pretrain.batch_size, max(launched_processes(), config.nproc)
     message = f"pretrain.batch_size={batch} is for all {processes} processes together: type a multiple of {processes}"
     require(batch % processes == 0, message)
+    message = "pretrain.compile=graphs takes one process and whole batches: type pretrain.compile=auto"
+    whole = processes == 1 and config.pretrain.micro_batch is None
+    require(whole or config.pretrain.compile != "graphs", message)
     source, evaluated, transfers = make_dataset(config), make_evaluated(config), make_transfers(config)
     unread = f"stages=[{','.join(config.stages)}] would ignore probe.transfer: drop it, or add the stage probe"
     require(not transfers or "probe" in config.stages, unread)

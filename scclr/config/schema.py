@@ -54,7 +54,9 @@ class PretrainConfig:
         "auto | fp32 | bf16 | fp16 of the forward pass; the loss is always in fp32. fp32 leaves cuDNN's TF32 on"
     )
     channels_last: bool = described("store images and activations with the channels last")
-    compile: Any = described("auto | true | false: compile augmentation and model; auto does on CUDA")
+    compile: Any = described(
+        "auto | true | false | graphs: compile augmentation and model; auto does on CUDA, graphs adds CUDA graphs"
+    )
     log_every: int = described("steps between two rows of metrics.jsonl")
     knn_every: int = described("epochs between two kNN evaluations on the validation split; 0 never evaluates")
     knn_images: int = described("at most this many training images serve as neighbours in these evaluations")
@@ -73,7 +75,7 @@ class PretrainConfig:
         require_choice("pretrain.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         words = dict.fromkeys(("true", "yes", "on", "y"), True) | dict.fromkeys(("false", "no", "off", "n"), False)
         self.compile = words.get(str(self.compile).lower(), self.compile)
-        require_choice("pretrain.compile", str(self.compile).lower(), ("auto", "true", "false"))
+        require_choice("pretrain.compile", str(self.compile).lower(), ("auto", "true", "false", "graphs"))
 
 
 @dataclass

@@ -69,13 +69,12 @@ def pretrain(
     )
     if compiles(device, config.compile):
         torch.compiler.reset()  # what earlier runs of this process compiled counts towards its limit of recompilations
-        # CUDA graphs launch the kernels of a pass at once. Collectives, and parts of a batch, stay outside of them.
-        graphs = device.type == "cuda" and world_size == 1 and config.micro_batch is None
-        network = torch.compile(network, mode="reduce-overhead" if graphs else None)  # type: ignore[assignment]
+        mode = "reduce-overhead" if config.compile == "graphs" else None  # the kernels of a pass are launched at once
+        network = torch.compile(network, mode=mode)  # type: ignore[assignment]
         augment = augment.compiled()
 
     for step, batch in zip(steps, loader, strict=True):
-        torch.compiler.cudagraph_mark_step_begin()  # what the graphs of the last step returned is no longer read
+        torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs returned in the last step is no longer read
         lr = set_lr(state.optimizer, lr_factor(step, total, warmup))
         if alpha is not None:
             state.loss.alpha = alpha(step / max(1, total - 1))
@@ -217,5 +216,11 @@ def precision_dtype(device: torch.device, precision: str) -> torch.dtype:
 
 
 def compiles(device: torch.device, wish: bool | str) -> bool:
-    """Whether augmentation and model are compiled: ``auto`` compiles on a GPU."""
+    """Whether augmentation and model are compiled: ``auto`` compiles on a GPU.
+
+    Raises:
+        UserError: CUDA graphs on a CPU.
+    """
+    message = "pretrain.compile=graphs needs CUDA: type pretrain.compile=true or auto"
+    require(wish != "graphs" or device.type == "cuda", message)
     return device.type == "cuda" if wish == "auto" else bool(wish)
