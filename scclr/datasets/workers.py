@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import forkserver, resource_tracker
 from types import ModuleType
 from typing import TypeVar
 
@@ -21,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from scclr.config.errors import UserError, one_line
-from scclr.run.preemption import SIGNALS, blocked_signals
+from scclr.run.preemption import SIGNALS, start_fork_server
 
 PRELOAD = ["scclr.datasets.loader"]  # all that a worker imports, but for components of the user's own
 
@@ -70,19 +69,16 @@ def read_ahead(job: Callable[[int], T], keys: Sequence[int], workers: int, pin: 
 
 
 def start_server() -> None:
-    """Start the server of the workers, unless it runs. It goes on importing when this returns.
+    """Start the server of the workers, unless it runs.
 
-    Signals wait in it and in all workers, so that one to the whole process group ends none of them: it asks the
-    training process to save and leave, which needs its workers until then. multiprocessing's resource tracker starts
-    first, because its start lets SIGINT and SIGTERM through again.
+    A signal to the whole process group must end no worker: it asks the training process to save and leave, which needs
+    its workers until then.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     older = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"  # the server would look for modules in the current folder first
     try:
-        for helper in (resource_tracker, forkserver):
-            with blocked_signals():
-                helper.ensure_running()
+        start_fork_server()
     finally:
         del os.environ["PYTHONSAFEPATH"]
         if older is not None:

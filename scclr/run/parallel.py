@@ -6,13 +6,12 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 from scclr.run.machine import AT_ONCE, available_cores
 from scclr.run.output import survive_closed_output
-from scclr.run.preemption import SIGNALS, SILENT, Stop, blocked_signals
+from scclr.run.preemption import SIGNALS, SILENT, Stop, start_fork_server
 
 P = TypeVar("P")
 POLL_SECONDS = 0.2  # how soon a signal to this process is passed on
@@ -74,14 +73,8 @@ def run_points(
 
 
 def _start(work: Callable[[P], Any], point: P) -> tuple[Any, Any]:
-    """Start a process; returns a pipe that closes when it ends, even if the server that forked it was killed.
-
-    Signals wait while the server starts, so that one to the whole group does not end it: it would lose its processes.
-    multiprocessing's resource tracker starts first, because its start lets SIGINT and SIGTERM through again.
-    """
-    for helper in (resource_tracker, forkserver):
-        with blocked_signals():
-            helper.ensure_running()
+    """Start a process; returns a pipe that closes when it ends, even if the server that forked it was killed."""
+    start_fork_server()
     context = multiprocessing.get_context("forkserver")
     end, held = context.Pipe(duplex=False)
     process = context.Process(target=_run_point, args=(work, point, held))

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import forkserver, resource_tracker
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -121,6 +122,17 @@ def blocked_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, older)
+
+
+def start_fork_server() -> None:
+    """Start the process that forks others, unless it runs. It goes on importing when this returns.
+
+    Signals wait in it and in what it forks, so that one to the whole process group ends none of them. multiprocessing's
+    resource tracker starts first, because its start lets SIGINT and SIGTERM through again.
+    """
+    for helper in (resource_tracker, forkserver):
+        with blocked_signals():
+            helper.ensure_running()
 
 
 class CheckpointSchedule:
