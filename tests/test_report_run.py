@@ -17,7 +17,7 @@ import scclr
 from scclr.components import load_splits
 from scclr.report import drawing, encoded, write
 from scclr.report.answer import answer
-from scclr.report.encoded import neighbours, see
+from scclr.report.encoded import in_a_plane, neighbours, projection, see
 from scclr.report.runs import find
 from scclr.report.single import MEANINGS, figures
 from scclr.report.single import theory as theory_rows
@@ -101,6 +101,30 @@ def test_the_page_of_a_trained_run(trained: Path, tmp_path: Path) -> None:
     pictures, notes = figures(find([run]).runs[0])
     assert [note.split(":")[0] for note in notes] == ["There are no plots of what the encoder sees"]
     assert {one.name for one in pictures} == {"confusion", "confusion1"}
+
+
+UMAP = """
+import numpy as np
+
+class UMAP:
+    def __init__(self, *, metric, random_state, n_jobs):
+        assert (metric, random_state, n_jobs) == ("cosine", 0, 1)
+
+    def fit_transform(self, h):
+        return np.stack([np.arange(len(h)), h[:, 0]], 1)
+"""
+
+
+def test_the_plane_is_that_of_umap_where_it_is_installed(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoded, "IMAGES", 40)
+    seen = see(trained)
+    assert projection(seen).caption.startswith("Principal components of h of n = 40 test images")
+    (tmp_path / "umap.py").write_text(UMAP)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert projection(seen).caption.startswith("UMAP (cosine, 15 neighbours) of h of n = 40 test images")
+    assert in_a_plane(seen.h)[0][:, 0].tolist() == list(range(40))
 
 
 def evaluation(run: Path, stem: str, dataset: str, **metrics: float) -> None:

@@ -4,6 +4,7 @@ Dimensions: N test images, S of them in a strip, D features, C channels, H x W p
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -84,12 +85,27 @@ def _in_colour(images: "Tensor") -> np.ndarray:
     return x.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
 
 
-def projection(seen: Seen) -> Picture:
-    """The first two principal components of h of test images."""
+def in_a_plane(h: np.ndarray) -> tuple[np.ndarray, str, dict[str, str]]:
+    """Points [N, 2] of representations [N, D], what they are, and the labels of their axes.
+
+    They are UMAP's (McInnes et al. 2018) if umap-learn is installed, else the first two principal components.
+    """
+    if find_spec("umap") is not None:
+        from umap import UMAP
+
+        points = UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(h)
+        return points, "UMAP (cosine, 15 neighbours)", {"xlabel": "UMAP 1", "ylabel": "UMAP 2"}
     from sklearn.decomposition import PCA
 
-    pca = PCA(2, random_state=0).fit(seen.h)
-    points, shares = pca.transform(seen.h), 100 * pca.explained_variance_ratio_
+    pca = PCA(2, random_state=0).fit(h)
+    first, second = 100 * pca.explained_variance_ratio_
+    axes = {"xlabel": f"component 1, {first:.0f} % of the variance", "ylabel": f"component 2, {second:.0f} %"}
+    return pca.transform(h), "Principal components", axes
+
+
+def projection(seen: Seen) -> Picture:
+    """h of test images in two dimensions."""
+    points, what, axes = in_a_plane(seen.h)
     figure, (panel,) = drawing.new(height=4.2)
     classes = sorted(set(seen.labels.tolist()))
     for number, label in enumerate(classes):
@@ -105,11 +121,8 @@ def projection(seen: Seen) -> Picture:
             bbox={"boxstyle": "circle,pad=0.2", "facecolor": "#ffffff", "edgecolor": "#444444", "linewidth": 0.6},
             color="#000000",
         )  # fmt: skip
-    panel.set(xlabel=f"component 1, {shares[0]:.0f} % of the variance", ylabel=f"component 2, {shares[1]:.0f} %")
-    caption = (
-        f"Principal components of h of n = {len(points):,} test images; a number is the median of the class of that "
-        "label."
-    )
+    panel.set(**axes)
+    caption = f"{what} of h of n = {len(points):,} test images; a number is the median of the class of that label."
     return drawing.finish(figure, "embedding", "The representation in two dimensions", caption)
 
 
