@@ -107,8 +107,8 @@ UMAP = """
 import numpy as np
 
 class UMAP:
-    def __init__(self, *, metric, random_state, n_jobs):
-        assert (metric, random_state, n_jobs) == ("cosine", 0, 1)
+    def __init__(self, *, n_neighbors, metric, random_state, n_jobs):
+        assert (n_neighbors, metric, random_state, n_jobs) == (15, "cosine", 0, 1)
 
     def fit_transform(self, h):
         return np.stack([np.arange(len(h)), h[:, 0]], 1)

@@ -94,7 +94,8 @@ def check(config: TrainConfig, here: bool = True) -> None:
     check_writable(Path(config.runs))
     if here:
         check_processes(config)
-        precision_dtype(device := pick_device(config.device), config.pretrain.precision)
+        device = pick_device(config.device)
+        precision_dtype(device, config.pretrain.precision)
         compiles(device, config.pretrain.compile)
     batch, processes = config.pretrain.batch_size, max(launched_processes(), config.nproc)
     message = f"pretrain.batch_size={batch} is for all {processes} processes together: type a multiple of {processes}"

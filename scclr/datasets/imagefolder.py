@@ -200,7 +200,7 @@ def check_sizes(image_size: int, resize: int | None, workers: int | None) -> Non
 
 
 def default_workers() -> int:
-    """As many as this process has cores, but no more than read faster than one disk gives."""
+    """This process's share of the cores, up to a limit."""
     return min(own_cores(), MOST_WORKERS)
 
 

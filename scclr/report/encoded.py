@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 IMAGES, CANDIDATES = 2000, 5000  # test and training images at most, evenly spaced
 STRIPS, NEAREST = 8, 5  # test images that have a strip; neighbours in it
+UMAP_NEIGHBOURS = 15  # its default
 NUMBERED = 20  # classes, up to which they are named in the plot
 LONGEST = 12  # characters of a class's name
 GAP, LINE = 0.35, 1.36  # between a test image and its neighbours, and from strip to strip; images have sides of 1
@@ -90,11 +91,11 @@ def in_a_plane(h: np.ndarray) -> tuple[np.ndarray, str, dict[str, str]]:
 
     They are UMAP's (McInnes et al. 2018) if umap-learn is installed, else the first two principal components.
     """
-    if find_spec("umap") is not None:
+    if find_spec("umap") is not None and len(h) > UMAP_NEIGHBOURS:
         from umap import UMAP
 
-        points = UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(h)
-        return points, "UMAP (cosine, 15 neighbours)", {"xlabel": "UMAP 1", "ylabel": "UMAP 2"}
+        points = UMAP(n_neighbors=UMAP_NEIGHBOURS, metric="cosine", random_state=0, n_jobs=1).fit_transform(h)
+        return points, f"UMAP (cosine, {UMAP_NEIGHBOURS} neighbours)", {"xlabel": "UMAP 1", "ylabel": "UMAP 2"}
     from sklearn.decomposition import PCA
 
     pca = PCA(2, random_state=0).fit(h)
