@@ -374,6 +374,14 @@ def other_schema(folder: Path) -> list[str]:
     return [str(folder / "old")]
 
 
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_judge_reads_what_its_experiment_varies(name: str) -> None:
+    preset = yaml.safe_load((Path(__file__).parents[1] / "conf" / "experiment" / f"{name}.yaml").read_text())
+    varied = {key.split("@")[0] for key in preset["hydra"]["sweeper"]["params"]} - {"seed"}
+    beginnings = judge.groups(JUDGES[name])
+    assert {key for key in varied if key not in JUDGES[name].axes and not key.startswith(beginnings)} == set()
+
+
 def other_axes(folder: Path) -> list[str]:
     for width in (8, 16):
         write_run(folder / "oracle", f"encoder.widths=[{width},16]", metrics={PROBE: 0.9})

@@ -11,7 +11,7 @@ QUESTIONS: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {  # by expe
     "oracle": ("What do losses that read labels add?", ("loss", "loss."), {"loss": "balanced"}),
     "similarity": (
         "What do unit rows do?",
-        ("projector.normalize", "loss.similarity", "alpha"),
+        ("projector.normalize", "loss.similarity", "loss.temperature", "alpha"),
         {"projector.normalize": "true"},
     ),
     "equal_rate": (
