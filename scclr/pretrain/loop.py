@@ -68,10 +68,7 @@ def pretrain(
         data, augment, seed=seed, batch_size=batch_size, steps=steps, rank=rank, size=world_size, say=log.say
     )
     if compiles(device, config.compile):
-        torch.compiler.reset()  # what earlier runs of this process compiled counts towards its limit of recompilations
-        mode = "reduce-overhead" if config.compile == "graphs" else None  # the kernels of a pass are launched at once
-        network = torch.compile(network, mode=mode)  # type: ignore[assignment]
-        augment = augment.compiled()
+        network, augment = compiled(network, config.compile), augment.compiled()
 
     for step, batch in zip(steps, loader, strict=True):
         torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs returned in the last step is no longer read
@@ -213,6 +210,12 @@ def precision_dtype(device: torch.device, precision: str) -> torch.dtype:
     message = "pretrain.precision=fp16 needs CUDA: type pretrain.precision=bf16 or fp32"
     require(precision != "fp16" or device.type != "cpu", message)
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def compiled(network: nn.Module, wish: bool | str) -> nn.Module:
+    """``network`` compiled; with the wish ``graphs`` each of its passes is launched at once, as a CUDA graph."""
+    torch.compiler.reset()  # what earlier runs of this process compiled counts towards its limit of recompilations
+    return torch.compile(network, mode="reduce-overhead" if wish == "graphs" else None)  # type: ignore[return-value]
 
 
 def compiles(device: torch.device, wish: bool | str) -> bool:
