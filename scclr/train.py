@@ -43,7 +43,7 @@ from scclr.encoders.model import Model
 from scclr.encoders.weights import has_foreign_weights
 from scclr.evaluate.probe import evaluate_each, knn_accuracy
 from scclr.evaluate.quality import Quality, measure_quality
-from scclr.pretrain.loop import precision_dtype, pretrain
+from scclr.pretrain.loop import Evaluation, precision_dtype, pretrain
 from scclr.pretrain.online import OnlineProbe
 from scclr.pretrain.optim import anneal, describe
 from scclr.pretrain.state import NotFiniteError, TrainState
@@ -58,13 +58,13 @@ from scclr.run.result import Clock, hint, read_result, summary, validation_accur
 from scclr.run.sweep import RECORD, fail
 from scclr.run.tracking import Log, RunLog
 from scclr.theory.forecast import forecast_collapse
-from scclr.theory.report import headline, measure, table
+from scclr.theory.report import bound_now, headline, measure, table
 
 PARTS_CAVEAT = (
     "with pretrain.micro_batch, batch normalization uses the statistics of parts of the batch; "
     "the gradient is otherwise that of the whole batch"
 )
-SMALLER_EVALUATION = "type a smaller probe.batch_size or pretrain.knn_images, or pretrain.quality_every=0"
+SMALLER_EVALUATION = "type smaller probe.batch_size, pretrain.knn_images or theory.images, or pretrain.quality_every=0"
 FREE_MEMORY = "end what else uses this memory, or type the same command where there is more"
 
 
@@ -233,10 +233,6 @@ def pretrain_stage(
     described = {"image_size": splits.train.images.shape[-1], "config": asdict(config)}
     checkpoints = Checkpoints(directory, schedule, described, resumed["seconds"] if resumed else 0.0)
     log.progress(state.step, total, options.epochs)
-    knn = partial(knn_accuracy, model, evaluated, options, config.probe.batch_size)
-    validate = machine.if_memory_lacks(SMALLER_EVALUATION)(machine.pinned_arithmetic()(knn))
-    quality = partial(quality_of, config, model, splits)
-    measured = machine.if_memory_lacks(SMALLER_EVALUATION)(machine.pinned_arithmetic()(quality))
     alpha = None  # is constant
     if config.alpha is not None and config.alpha_end is not None:
         alpha = partial(anneal, config.alpha_schedule, config.alpha, config.alpha_end)
@@ -245,7 +241,7 @@ def pretrain_stage(
             pretrain(
                 state, splits.pretrain, make_augment(config), options,
                 seed=config.seed, alpha=alpha, checkpoints=checkpoints, log=log,
-                validate=validate, measure=measured,
+                evaluations=evaluations(config, model, splits, evaluated),
             )  # fmt: skip
     except NotFiniteError as error:
         indices = batch_indices(config.seed, error.step, len(splits.pretrain), options.batch_size)
@@ -253,6 +249,17 @@ def pretrain_stage(
         raise
     log.end_progress()
     return checkpoints.seconds, list(state.watch.said.values())
+
+
+def evaluations(config: TrainConfig, model: Model, splits: Splits, evaluated: Splits) -> list[Evaluation]:
+    """What is measured during the training, each with the epochs between two of them."""
+    options, guard = config.pretrain, machine.if_memory_lacks(SMALLER_EVALUATION)
+    calls: list[Evaluation] = [
+        (options.knn_every, lambda: {"knn": knn_accuracy(model, evaluated, options, config.probe.batch_size)}),
+        (options.quality_every, lambda: quality_of(config, model, splits).metrics),
+        (options.bound_every, lambda: bound_now(model, splits.train, make_augment(config), config)),
+    ]
+    return [(every, guard(machine.pinned_arithmetic()(call))) for every, call in calls]
 
 
 def quality_of(config: TrainConfig, model: Model, splits: Splits) -> Quality:
@@ -265,12 +272,8 @@ def quality_of(config: TrainConfig, model: Model, splits: Splits) -> Quality:
 def theory_stage(config: TrainConfig, model: Model, splits: Splits, log: Log) -> dict[str, Any]:
     """What ``theory.json`` holds: measured on training images, under the run's augmentation."""
     log.say("theory: bias, bounds and thresholds")
-    measured = measure(
-        model, splits.train, make_augment(config), config.theory,
-        alpha=config.last_alpha, temperature=config.loss.get("temperature"),
-        form=make_loss(config, len(splits.classes)).logsumexp_form(),
-        images=config.pretrain.batch_size, batch=config.probe.batch_size, seed=config.seed,
-    )  # fmt: skip
+    loss = make_loss(config, len(splits.classes))
+    measured = measure(model, splits.train, make_augment(config), config, loss.logsumexp_form())
     log.json("theory.json", measured)
     log.show(table(measured))
     return measured

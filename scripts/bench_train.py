@@ -27,7 +27,6 @@ from scclr.components import make_loss, make_model, pick_device
 from scclr.config.build import build
 from scclr.config.compose import parse, plan
 from scclr.datasets import ImageSet
-from scclr.evaluate.quality import Quality
 from scclr.pretrain.loop import precision_dtype, pretrain
 from scclr.pretrain.state import TrainState
 from scclr.run.checkpoint import Checkpoints
@@ -112,8 +111,7 @@ def compare(name: str, size: int | None, overrides: list[str]) -> list[dict[str,
         state = TrainState(model, loss, optimizer, scaler)
         pretrain(
             state, data, augment, options,
-            seed=0, alpha=None, checkpoints=checkpoints, log=Log(), validate=lambda: 0.0,
-            measure=lambda: Quality({}, {}),
+            seed=0, alpha=None, checkpoints=checkpoints, log=Log(), evaluations=[],
         )  # fmt: skip
 
     from lightly.loss import NTXentLoss

@@ -28,7 +28,6 @@ from scclr.cli import dispatch
 from scclr.components import make_augment, make_loss, make_model, make_optimizer
 from scclr.config.schema import TrainConfig
 from scclr.datasets import ImageSet
-from scclr.evaluate.quality import Quality
 from scclr.pretrain.loop import precision_dtype, pretrain
 from scclr.pretrain.state import TrainState
 from scclr.run.checkpoint import Checkpoints
@@ -148,8 +147,7 @@ def trained(steps: int, *words: str) -> list[dict[str, float]]:
     log, never = Rows(), CheckpointSchedule(steps=None, seconds=None, total=-1, stop=Stop())
     pretrain(
         state, coloured(steps * config.pretrain.batch_size), augment, config.pretrain,
-        seed=0, alpha=None, checkpoints=Checkpoints(Path(), never, {}), log=log, validate=lambda: 0.0,
-        measure=lambda: Quality({}, {}),
+        seed=0, alpha=None, checkpoints=Checkpoints(Path(), never, {}), log=log, evaluations=[],
     )  # fmt: skip
     return log.rows
 

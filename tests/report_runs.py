@@ -24,6 +24,15 @@ def composed(words: tuple[str, ...]) -> Any:
     return point.config
 
 
+def bound(step: int, alpha: float) -> dict[str, float]:
+    """The logged bound, whose slack is the weight of repulsion times the sum of its gaps."""
+    gaps = dict(
+        zip(("margin_gap", "logsumexp_gap", "prior_gap", "jensen_gap"), (step / 100, 0.4, 0.1, 0.2), strict=True)
+    )
+    values = {**gaps, "slack": sum(gaps.values()) * (1 - alpha) / alpha, "class_excluded_slack": 0.5}
+    return {f"pretrain/bound/{name}": value for name, value in values.items()}
+
+
 def write_run(
     folder: Path, *words: str, metrics: Mapping[str, float], theory: bool = False, rows: int = 0, **parts: Any
 ) -> Path:
@@ -60,7 +69,7 @@ def write_run(
             "pretrain/uniformity": -3 + alpha,
             "pretrain/gradient/attract": 0.3,
             "pretrain/gradient/repel": 0.1 + step / 1000,
-            **({"pretrain/knn": 0.5 + step / 1000} if step % 20 == 0 else {}),
+            **({"pretrain/knn": 0.5 + step / 1000, **bound(step, alpha)} if step % 20 == 0 else {}),
         }
         for step in range(10, 10 * rows + 1, 10)
     ]

@@ -18,7 +18,6 @@ from scclr.config.errors import UserError
 from scclr.config.schema import TrainConfig
 from scclr.datasets import ImageSet
 from scclr.datasets.loader import Batch, epoch_order
-from scclr.evaluate.quality import Quality
 from scclr.losses import LossTerms
 from scclr.pretrain.loop import compiles, precision_dtype, pretrain, train_step, without_synchronization
 from scclr.pretrain.state import LossWindow, TrainState
@@ -47,8 +46,8 @@ def train(config: TrainConfig, data: ImageSet, state: TrainState | None = None) 
     log = Rows()
     pretrain(
         state or fresh, data, augment, config.pretrain, seed=config.seed, alpha=None,
-        checkpoints=Checkpoints(None, never, {}), log=log, validate=lambda: 0.5,  # type: ignore[arg-type]
-        measure=lambda: Quality({}, {}),
+        checkpoints=Checkpoints(None, never, {}), log=log,  # type: ignore[arg-type]
+        evaluations=[(config.pretrain.knn_every, lambda: {"knn": 0.5})],
     )  # fmt: skip
     return log.rows
 

@@ -84,7 +84,7 @@ def test_metric_and_baseline_can_be_chosen(made: Path) -> None:
 
 def test_the_files_are_whole(made: Path) -> None:
     report = made / "report"
-    names = {"metric", "map", "tail", "bias", "decomposition", "alignment", "forces", "learning"}
+    names = {"metric", "map", "tail", "bias", "decomposition", "alignment", "forces", "learning", "slack"}
     assert {path.stem for path in report.glob("*.svg")} == {path.stem for path in report.glob("*.png")} == names
     for name in names:
         ET.parse(report / f"{name}.svg")

@@ -170,12 +170,16 @@ def test_one_run_has_its_confusions_and_theory(tmp_path: Path) -> None:
     (run / "spectrum.json").write_text(json.dumps({"h": [0.7, 0.2, 0.1], "z": [0.9, 0.1]}))
     path, found, _ = write([run])
     assert answer(found) == ["logreg-v1/top1 is 75.00 % of one seed, so there is no interval: add seed=0,1,2."]
-    assert {file.stem for file in path.parent.glob("*.svg")} == {"confusion", "spectrum", "forces", "learning"}
+    assert {file.stem for file in path.parent.glob("*.svg")} == {"confusion", "spectrum", "forces", "learning", "slack"}
     text = path.read_text()
     assert "87.50 % lie on the diagonal" in text
     assert "There are no plots of what the encoder sees" in text  # these files hold no weights
     (run / "confusion.npz").write_bytes(b"PK\3\4")
     assert "confusion.npz: damaged" in figures(find([run]).runs[0])[1][1]
+    write_run(tmp_path, *SMALL, "seed=1", metrics={METRIC: 0.75})
+    same = study(find([tmp_path]).runs, None, None)
+    text = "logreg-v1/top1 is 75.00 % of 2 seeds, all the same, so there is no interval: add seed=0,1,2,3."
+    assert answer(same) == [text]
 
 
 def test_every_row_of_the_theory_has_a_sentence(tmp_path: Path) -> None:

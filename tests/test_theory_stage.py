@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, compose, noise, result_of, run_folders, training
+from conftest import TINY, compose, noise, result_of, rows_of, run_folders, training
 from torch import Tensor
 
 from scclr.config.errors import UserError
-from scclr.config.schema import TheoryConfig
 from scclr.datasets import ImageSet
 from scclr.evaluate.features import chosen_rows
 from scclr.losses import LogSumExpForm
@@ -41,6 +40,7 @@ def test_the_stage_after_training_and_alone(scclr: Run, folder: Path, capsys: py
     assert [one["temperature"] for one in theory["bound"]] == [0.5, 1.0]
     assert headline(theory).items() <= metrics.items()
     assert table(theory) in capsys.readouterr().out
+    assert not any("bound" in name for row in rows_of(run) for name in row)
 
     alone = ["stages=[theory]", f"init_from={run}", *DATA, *SMALL]
     assert scclr("train", *alone, "name=same") == 0
@@ -75,20 +75,44 @@ def test_a_theory_that_cannot_be_computed_is_refused_before_training(
     assert not list(folder.glob("runs/*/*/metrics.jsonl"))
 
 
+@pytest.mark.parametrize("words", [[], ["alpha=0.3", "alpha_schedule=linear", "alpha_end=0.6"], ["loss=spectral"]])
+def test_the_bound_over_the_training_ends_at_that_of_the_stage(words: list[str], scclr: Run, folder: Path) -> None:
+    line = ["stages=[pretrain,theory]", *TINY, *SMALL, *words]
+    assert scclr("train", *line, "pretrain.bound_every=1", "name=logged") == 0
+    assert scclr("train", *line, "name=plain") == 0
+    (logged,), (plain,) = ((folder / "runs" / name).glob("*/") for name in ("logged", "plain"))
+    rows = [row for row in rows_of(logged) if "pretrain/bound/slack" in row]
+    assert [row["step"] for row in rows] == [3, 6]
+    bounds = theory_of(logged)["bound"]
+    at = bounds[0] if not words else min(bounds, key=lambda one: one["upper_bound"]["value"])
+    found = {name.removeprefix("pretrain/bound/"): value for name, value in rows[-1].items() if "/bound/" in name}
+    assert found == {name: at[name]["value"] for name in BOUND_METRICS}
+    assert rows[0]["pretrain/bound/slack"] != rows[1]["pretrain/bound/slack"]
+    same = {name: value for name, value in rows_of(plain)[-1].items() if "second" not in name}
+    assert same.items() <= rows[-1].items(), "measuring changes no training"
+
+
+def test_labels_for_the_bound_are_asked_for_before_training(
+    scclr: Run, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scclr("train", "stages=[pretrain]", "pretrain.bound_every=1", *TINY, "theory.images=4") == 1
+    assert "type a larger theory.images" in capsys.readouterr().err
+    assert not list(folder.glob("runs/*/*/metrics.jsonl"))
+
+
 def measured(
     labels: Tensor, weight: float | None = None, form: LogSumExpForm | None = None, words: tuple[str, ...] = ()
 ) -> dict:
     """``measure`` of a small untrained model on random images, ``weight`` in all of its first convolution."""
-    state, augment = training(compose(*TINY, *words))
+    own = ["theory.images=24", "theory.views=2", "theory.temperatures=[0.5]", "alpha=0.25", "loss.temperature=1"]
+    config = compose(*TINY, *own, "pretrain.batch_size=64", "probe.batch_size=10", *words)
+    state, augment = training(config)
     if weight is not None:
         torch.nn.init.constant_(state.model.encoder.layers.conv.weight, weight)  # type: ignore[union-attr, arg-type]
-    data, config = ImageSet(noise(len(labels)).images, labels), TheoryConfig(24, 2, [0.5])
+    data = ImageSet(noise(len(labels)).images, labels)
     before, random = state.model.training, torch.get_rng_state()
     try:
-        return measure(
-            state.model, data, augment, config,
-            alpha=0.25, temperature=1.0, form=form, images=64, batch=10, seed=0,
-        )  # fmt: skip
+        return measure(state.model, data, augment, config, form)
     finally:
         assert state.model.training == before
         assert torch.equal(random, torch.get_rng_state())

@@ -320,7 +320,10 @@ def lacks_memory(*_: object, **__: object) -> None:
         ("run_stages", "end what else uses this memory, or type the same command where there is more"),
         ("forecast_collapse", "end what else uses this memory, or type the same command where there is more"),
         ("pretrain", "type pretrain.micro_batch=64, which keeps the gradient, or a smaller pretrain.batch_size"),
-        ("knn_accuracy", "type a smaller probe.batch_size or pretrain.knn_images, or pretrain.quality_every=0"),
+        (
+            "knn_accuracy",
+            "type smaller probe.batch_size, pretrain.knn_images or theory.images, or pretrain.quality_every=0",
+        ),
     ],
 )
 def test_too_little_memory_is_said_in_one_line(

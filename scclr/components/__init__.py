@@ -205,8 +205,9 @@ def check_data(config: TrainConfig, splits: Splits) -> None:
     pretrains = "pretrain" in config.stages
     supervised = pretrains and make_loss(config, max(2, len(splits.classes))).supervised
     evaluates = "probe" in config.stages or (pretrains and config.pretrain.knn_every > 0)
-    if supervised or "theory" in config.stages or (evaluates and config.probe.dataset is None):
-        check_classes(splits, "" if supervised or "theory" in config.stages else UNSUPERVISED)
+    theory = "theory" in config.stages or (pretrains and config.pretrain.bound_every > 0)
+    if supervised or theory or (evaluates and config.probe.dataset is None):
+        check_classes(splits, "" if supervised or theory else UNSUPERVISED)
     if evaluates and config.probe.dataset is None:
         check_evaluated(config, splits)
     if pretrains:
@@ -218,7 +219,7 @@ def check_data(config: TrainConfig, splits: Splits) -> None:
         require(labelled or not supervised, message)
         message = "pretrain.online_probe=true reads labels, and this dataset pretrains without them: drop it"
         require(labelled or not config.pretrain.online_probe, message)
-    if "theory" in config.stages:
+    if theory:
         rows = chosen_rows(len(splits.train), config.seed, config.theory.images)
         try:
             check_labels(splits.train.labels[rows])

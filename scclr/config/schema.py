@@ -63,10 +63,11 @@ class PretrainConfig:
     knn_k: int = described("number of nearest neighbours that vote in these evaluations", 20)
     knn_temperature: float = described("a neighbour's vote has the weight exp(cosine / knn_temperature)", 0.07)
     quality_every: int = described("epochs between two measurements of quality without labels; 0 never measures", 20)
+    bound_every: int = described("epochs between two measurements of the theory's bound; it reads labels; 0 never", 0)
     online_probe: bool = described("train a linear classifier on h beside the encoder; it reads training labels", False)
 
     def __post_init__(self) -> None:
-        require_range("pretrain", self, quality_every=(0, 10**9))
+        require_range("pretrain", self, quality_every=(0, 10**9), bound_every=(0, 10**9))
         require_range("pretrain", self, knn_k=(1, 10**6), knn_temperature=(1e-6, 1e6))
         require_range("pretrain", self, epochs=(1, 10**9), batch_size=(2, 10**9), warmup=(0, 1))
         require_range("pretrain", self, log_every=(1, 10**12), knn_every=(0, 10**9), knn_images=(1, 10**12))

@@ -4,7 +4,7 @@ Dimensions: G images in a step, B of them in this process (B = G with one proces
 dimensions.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,7 +17,6 @@ from scclr.config.errors import require
 from scclr.config.schema import PretrainConfig
 from scclr.datasets import ImageSet
 from scclr.datasets.loader import Batch, batches, with_view_size
-from scclr.evaluate.quality import Quality
 from scclr.losses import GlobalBatch, LossTerms
 from scclr.pretrain.metrics import embedding_metrics
 from scclr.pretrain.optim import lr_factor, set_lr
@@ -25,6 +24,8 @@ from scclr.pretrain.state import LossWindow, TrainState
 from scclr.run import distributed
 from scclr.run.checkpoint import Checkpoints
 from scclr.run.tracking import Log
+
+Evaluation = tuple[int, Callable[[], Mapping[str, float]]]  # epochs between two, 0 for never; gives numbers by name
 
 
 def pretrain(
@@ -37,8 +38,7 @@ def pretrain(
     alpha: Callable[[float], float] | None,
     checkpoints: Checkpoints,
     log: Log,
-    validate: Callable[[], float],
-    measure: Callable[[], Quality],
+    evaluations: Sequence[Evaluation],
 ) -> None:
     """Train ``state`` in place, from its step to the last one of ``config.epochs``.
 
@@ -48,8 +48,7 @@ def pretrain(
 
     Args:
         alpha: the balance as a function of the share of the training, from 0 to 1; None leaves the loss's own.
-        validate: gives the kNN accuracy on the validation split.
-        measure: gives the quality of the model without labels.
+        evaluations: what is measured and logged now and then.
 
     Raises:
         NotFiniteError: the loss is not finite; names the step.
@@ -82,25 +81,22 @@ def pretrain(
         state.window.add(terms)
         state.step = step + 1
 
-        knn_due, quality_due = (
-            every > 0 and state.step % (every * steps_per_epoch) == 0
-            for every in (config.knn_every, config.quality_every)
-        )
+        due = [call for every, call in evaluations if every > 0 and state.step % (every * steps_per_epoch) == 0]
         last = state.step == total
-        if state.step % config.log_every == 0 or knn_due or quality_due or last:
+        if state.step % config.log_every == 0 or due or last:
             row = {"epoch": state.step / steps_per_epoch, "lr": lr}
             row |= state.window.means(state.step, batch_size)
-            row |= {"knn": validate()} if knn_due else {}
-            row |= measure().metrics if quality_due else {}
+            for evaluate in due:
+                row |= evaluate()
             row |= {} if state.online is None else state.online.top1()
             row |= embedding_metrics(state.loss, z, batch.labels)
             log.row(state.step, row)
             state.window = LossWindow(state.step)
             state.watch.note(row)
-            if last or (quality_due and state.step > warmup):
+            if last or (due and state.step > warmup):
                 say_warnings(state, row, z, log)
-        if due := checkpoints.due(state.step):
-            checkpoints.save(state.state_dict(), due)
+        if reason := checkpoints.due(state.step):
+            checkpoints.save(state.state_dict(), reason)
 
 
 def say_warnings(state: TrainState, row: Mapping[str, float], z: Tensor, log: Log) -> None:

@@ -35,7 +35,8 @@ def answer(study: Study) -> list[str]:
 def _alone(study: Study, group: Group) -> str:
     one, name = group.estimate, f"{study.metric} is {with_unit(study.metric, group.estimate.mean)}"
     if one.interval is None:
-        return f"{name} of one seed, so there is no interval: add seed=0,1,2."
+        which = "one seed" if one.n == 1 else f"{one.n} seeds, all the same"
+        return f"{name} of {which}, so there is no interval: add seed={','.join(map(str, range(one.n + 2)))}."
     return f"{name}, 95 % interval {interval(study.metric, one.interval)} over {one.n} seeds."
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from scclr.report import drawing
-from scclr.report.drawing import Picture
+from scclr.report.drawing import INK, PAPER, Picture
 from scclr.report.study import Group, Study
 
 MOST = 6  # configurations in a figure
@@ -18,6 +18,13 @@ LEARNING = {
     "pretrain/online/top1": "online probe on training views",
     "pretrain/loss": "loss",
 }
+GAPS = {  # of the bound's slack, and what each step replaces
+    "pretrain/bound/margin_gap": "maximum over all classes",
+    "pretrain/bound/logsumexp_gap": "maximum to log-sum-exp",
+    "pretrain/bound/prior_gap": "unequal class shares",
+    "pretrain/bound/jensen_gap": "mean inside exp (Jensen)",
+}
+SLACK, EXCLUDED = "pretrain/bound/slack", "pretrain/bound/class_excluded_slack"
 Curve = tuple[list[int], list[float], list[float], list[float]]  # steps; mean, lowest and highest over seeds
 
 
@@ -30,6 +37,41 @@ def trainings(study: Study) -> Iterator[Picture]:
     ):
         if (picture := _draw(study, groups, name, title, metrics)) is not None:
             yield picture
+    if (picture := slack(study, groups)) is not None:
+        yield picture
+
+
+def slack(study: Study, groups: Sequence[Group]) -> Picture | None:
+    """The slack of the bound on the supervised objective, as the sum of what its four steps lose."""
+    known = [(group, [curve(group, gap) for gap in (*GAPS, SLACK, EXCLUDED)]) for group in groups]
+    panels_of = [(group, curves) for group, curves in known if all(curves)]
+    if not panels_of:
+        return None
+    columns = min(3, len(panels_of))
+    lines = -(-len(panels_of) // columns)
+    width, height = 5.4 if columns == 1 else 2.4 * columns + 1, 1.2 + 2.3 * lines
+    figure, panels = drawing.new(lines, columns, width, height)
+    for panel, (group, curves) in zip(panels, panels_of, strict=False):
+        *gaps, whole, excluded = [one for one in curves if one is not None]
+        steps = whole[0]
+        lam = [total / sum(parts) for total, *parts in zip(whole[1], *(gap[1] for gap in gaps), strict=True)]
+        heights = [[a * b for a, b in zip(lam, gap[1], strict=True)] for gap in gaps]
+        areas = panel.stackplot(steps, heights, colors=[drawing.colour(i) for i in (1, 4, 2, 5)], labels=GAPS.values())
+        for area, hatch in zip(areas, ("//", "", "..", "xx"), strict=True):
+            area.set(hatch=hatch, edgecolor=PAPER, linewidth=0.4)
+        panel.plot(steps, excluded[1], color=INK, linewidth=1.3, linestyle="--", label="bound without own class")
+        panel.set(xlabel="step", title=study.own(group) if len(panels_of) > 1 else "", xlim=(steps[0], steps[-1]))
+        panel.set_ylim(bottom=0)
+    for panel in panels[len(panels_of) :]:
+        panel.remove()
+    panels[0].set_ylabel("slack")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    caption = (
+        f"Means over {study.seeds} seeds. Contrastive loss + B2 + a constant is above the supervised objective by the "
+        "slack, the sum of what each of four steps loses. The dashed line is the slack of the bound whose negatives "
+        "are of other classes."
+    )
+    return drawing.finish(figure, "slack", "The slack of the bound over the training", caption)
 
 
 def chosen(study: Study) -> list[Group]:

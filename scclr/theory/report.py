@@ -4,7 +4,8 @@ Dimensions: n images, M views of each, D features of h, P embedding dimensions o
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from scclr.augment import Augment
 from scclr.config.errors import UserError, one_line
-from scclr.config.schema import TheoryConfig
+from scclr.config.schema import TrainConfig
 from scclr.datasets import ImageSet
 from scclr.encoders.model import Model
 from scclr.evaluate.features import chosen_rows
@@ -59,42 +60,69 @@ def measure(
     model: Model,
     data: ImageSet,
     augment: Augment,
-    config: TheoryConfig,
-    *,
-    alpha: float,
-    temperature: float | None,
+    config: TrainConfig,
     form: LogSumExpForm | None,
-    images: int,
-    batch: int,
-    seed: int,
 ) -> dict[str, Any]:
     """What ``theory.json`` holds, as plain numbers. Every process of a group calls this and gets the same.
 
+    Bounds are at the temperature of the training, if its loss has one, and at ``config.theory.temperatures``; alpha is
+    that at the end of the training.
+
     Args:
-        data: labelled images, of which ``config.images`` are drawn.
-        alpha: the balance at the end of the training; lam is 1 for alpha = 0, where it would be infinite.
-        temperature: the training's, which is added to ``config.temperatures``; None if the loss has none.
+        data: labelled images, of which ``config.theory.images`` are drawn.
         form: of the training's loss; its thresholds are None without it.
-        images: number of images in a training step.
-        batch: number of images in a forward pass.
 
     Raises:
         UserError: the images do not suffice (``check_labels``), or embeddings are not finite.
     """
-    chosen = data[chosen_rows(len(data), seed, config.images).to(data.labels.device)]
-    temperatures = {*config.temperatures, *([] if temperature is None else [temperature])}
+    temperature = config.loss.get("temperature")
+    temperatures = {*config.theory.temperatures, *([] if temperature is None else [temperature])}
+    with _embedded(model, data, augment, config) as (h, z, labels):
+        found = describe(
+            h, z, labels, sorted(temperatures), alpha=config.last_alpha, form=form,
+            images=config.pretrain.batch_size, views=len(augment.views),
+        )  # fmt: skip
+    return {**found, "temperature": temperature}
+
+
+@torch.no_grad()
+def bound_now(model: Model, data: ImageSet, augment: Augment, config: TrainConfig) -> dict[str, float]:
+    """The bound of a model in training, such as ``bound/slack``: the fields of ``Bound`` that ``headline`` has too.
+
+    It is at the temperature of the training, or the tightest of those at ``config.theory.temperatures`` if the loss has
+    none. A schedule's last alpha counts throughout, so that all steps are compared by one objective.
+
+    Raises:
+        UserError: as ``measure``.
+    """
+    temperature = config.loss.get("temperature")
+    temperatures = config.theory.temperatures if temperature is None else [temperature]
+    with _embedded(model, data, augment, config) as (_, z, labels):
+        at = min(bound(z, labels, temperatures, _lam(config.last_alpha)), key=lambda one: one.upper_bound.value)
+    values = {f"bound/{name}": getattr(at, name).value for name in BOUND_METRICS}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+@contextmanager
+def _embedded(
+    model: Model, data: ImageSet, augment: Augment, config: TrainConfig
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """h and z of the images that ``measure`` draws, with labels; what is wrong with them becomes a ``UserError``."""
+    chosen = data[chosen_rows(len(data), config.seed, config.theory.images).to(data.labels.device)]
     training = model.training
     try:
         check_labels(chosen.labels)
-        h, z = embed(model.eval(), chosen, augment, config.views, batch, seed=seed)
-        found = describe(
-            h, z, chosen.labels, sorted(temperatures), alpha=alpha, form=form, images=images, views=len(augment.views)
-        )
-        return {**found, "temperature": temperature}
+        h, z = embed(model.eval(), chosen, augment, config.theory.views, config.probe.batch_size, seed=config.seed)
+        yield h, z, chosen.labels
     except ValueError as error:
         raise UserError(f"theory: {one_line(error)}") from error
     finally:
         model.train(training)
+
+
+def _lam(alpha: float) -> float:
+    """The weight of repulsion relative to attraction; 1 for alpha = 0, where it would be infinite."""
+    return (1 - alpha) / alpha if alpha > 0 else 1.0
 
 
 def describe(
@@ -116,7 +144,7 @@ def describe(
     Raises:
         ValueError: as ``check_labels`` and ``Sample``.
     """
-    lam = (1 - alpha) / alpha if alpha > 0 else 1.0
+    lam = _lam(alpha)
     bias = prototype_bias(z, labels)
     classes = len(labels.unique()) - len(bias.dropped)
     r = augmentation_correlations(h)
