@@ -33,6 +33,12 @@ def test_a_command_line_that_does_not_compose_is_refused_without_torch(words: st
     assert done.stdout == "1 False\n", done.stderr
 
 
+def test_what_trains_imports_neither_compiler_nor_torchvision_until_they_are_used() -> None:
+    probe = "import sys, scclr.train; print({'torch._dynamo', 'torchvision'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_module_runs() -> None:
     out = subprocess.run([sys.executable, "-m", "scclr", "--version"], capture_output=True, text=True, check=True)
     assert out.stdout == f"scclr {__version__}\n"

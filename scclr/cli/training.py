@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from scclr.config.schema import TrainConfig
     from scclr.run.sweep import Point
 
+PRELOAD = ("scclr.train", "torch._dynamo")  # the latter is imported by every optimizer, which takes seconds
 Prepared = tuple["Point", "TrainConfig", "RunIdentity"]
 
 EXAMPLES = """\
@@ -133,7 +134,7 @@ def run_sweep(command: "CommandLine", planned: "Plan", prepared: list[Prepared])
 
         with TemporaryDirectory() as folder:
             work = partial(run_point, folder=folder, shares=shares)
-            run_points(work, rest, at_once, preload=["scclr.train"], killed=killed)
+            run_points(work, rest, at_once, preload=PRELOAD, killed=killed)
     print("\n".join([count(points), *listed(points)]))
     if any(point.state != "done" for point in points):
         raise SystemExit(1)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 from scclr.augment import Augment
 from scclr.datasets import ImageSet, Splits
@@ -63,7 +62,7 @@ def scaled(picture: Tensor) -> Image.Image:
 
     Of images with other numbers of channels than 1 and 3, the first one is drawn.
     """
-    image = to_pil_image(picture.cpu() if len(picture) == 3 else picture[:1].cpu()).convert("RGB")
+    image = Image.fromarray(picture[[0, 1, 2] if len(picture) == 3 else [0] * 3].permute(1, 2, 0).cpu().numpy())
     scale = PICTURE_SIDE / max(image.size)
     if scale >= 1:
         return image.resize((image.width * int(scale), image.height * int(scale)), Image.Resampling.NEAREST)

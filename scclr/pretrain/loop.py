@@ -70,7 +70,8 @@ def pretrain(
         network, augment = compiled(network, config.compile), augment.compiled()
 
     for step, batch in zip(steps, loader, strict=True):
-        torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs returned in the last step is no longer read
+        if config.compile == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()  # what they returned in the last step is no longer read
         lr = set_lr(state.optimizer, lr_factor(step, total, warmup))
         if alpha is not None:
             state.loss.alpha = alpha(step / max(1, total - 1))

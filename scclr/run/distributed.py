@@ -94,9 +94,10 @@ def replicate(model: nn.Module) -> nn.Module:
     """
     if world_size() == 1:
         return model
+    synchronized = torch.compiler.disable(_synchronized)  # its kernels and collectives have no traced form
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            module.forward = partial(_synchronized, module)  # type: ignore[method-assign]
+            module.forward = partial(synchronized, module)  # type: ignore[method-assign]
     share_buffers(model)
     device = next(model.parameters()).device
     known = inspect.signature(DistributedDataParallel).parameters
@@ -113,7 +114,6 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-@torch.compiler.disable  # its kernels and collectives have no traced form
 def _synchronized(norm: _BatchNorm, x: Tensor) -> Tensor:
     """What ``norm`` makes of the batch [G, C, ...] of which ``x`` [B, C, ...] is this process's part.
 
