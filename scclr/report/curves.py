@@ -61,15 +61,17 @@ def slack(study: Study, groups: Sequence[Group]) -> Picture | None:
             area.set(hatch=hatch, edgecolor=PAPER, linewidth=0.4)
         panel.plot(steps, excluded[1], color=INK, linewidth=1.3, linestyle="--", label="bound without own class")
         panel.set(xlabel="step", title=study.own(group) if len(panels_of) > 1 else "", xlim=(steps[0], steps[-1]))
-        panel.set_ylim(bottom=0)
     for panel in panels[len(panels_of) :]:
         panel.remove()
+    top = max(panel.get_ylim()[1] for panel in panels[: len(panels_of)])
+    for panel in panels[: len(panels_of)]:
+        panel.set_ylim(0, top)
     panels[0].set_ylabel("slack")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     caption = (
         f"Means over {study.seeds} seeds. Contrastive loss + B2 + a constant is above the supervised objective by the "
         "slack, the sum of what each of four steps loses. The dashed line is the slack of the bound whose negatives "
-        "are of other classes."
+        f"are of other classes.{_part(study, [group for group, _ in panels_of])}"
     )
     return drawing.finish(figure, "slack", "The slack of the bound over the training", caption)
 
@@ -122,11 +124,16 @@ def _draw(study: Study, groups: Sequence[Group], name: str, title: str, metrics:
             (panel.get_legend_handles_labels() for panel in panels[: len(known)]), key=lambda one: len(one[0])
         )
         figure.legend(*handles, loc="outside upper center", ncols=2)
-    more = "" if len(groups) == len(study.groups) else f" {len(groups)} of {len(study.groups)} configurations"
-    more += f" {study.setting(study.settings[0][0])}".rstrip() + "." if more else ""
     spread = (
         "Lines are single runs."
         if study.single
         else "Means over seeds; the bands reach from the lowest to the highest seed."
     )
-    return drawing.finish(figure, name, title, f"{spread}{more}")
+    return drawing.finish(figure, name, title, f"{spread}{_part(study, groups)}")
+
+
+def _part(study: Study, groups: Sequence[Group]) -> str:
+    """A sentence that says which of the configurations are shown; empty if all are."""
+    if len(groups) == len(study.groups):
+        return ""
+    return f" {len(groups)} of {len(study.groups)} configurations {study.setting(study.settings[0][0])}".rstrip() + "."
