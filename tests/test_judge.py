@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -184,8 +185,21 @@ def ladder(slope: float, spread: float) -> Made:
 
 
 def test_bias_ladder() -> None:
-    assert list(outcomes("bias_ladder", ladder(-0.2, 0.03)).values()) == [HOLDS, HOLDS, HOLDS]
-    assert list(outcomes("bias_ladder", ladder(0.2, 0.0)).values()) == [FAILS, FAILS, FAILS]
+    assert list(outcomes("bias_ladder", ladder(-0.2, 0.03)).values()) == [HOLDS, HOLDS, HOLDS, HOLDS]
+    assert list(outcomes("bias_ladder", ladder(0.2, 0.0)).values()) == [FAILS, FAILS, FAILS, FAILS]
+
+
+def test_what_removes_the_bias_is_told_apart() -> None:
+    """Jitter, with contrast beside it, removes bias and helps; rotation removes as much and costs as much."""
+    made = []
+    for brightness, rotation in product((0, 0.8), (5, 45)):
+        metrics = {"theory/z/b2": 0.5 - brightness / 4 - rotation / 200, "theory/z/b1": 0.5}
+        metrics[PROBE] = 0.8 + brightness / 10 - rotation / 500
+        words = [f"augment.{key}={brightness}" for key in ("brightness", "contrast")]
+        made += list(seeded([*words, f"augment.rotation={rotation}"], metrics))
+    found = {claim.split()[-1]: outcome for claim, outcome in outcomes("bias_ladder", made).items()}
+    assert (found["augment.brightness"], found["augment.rotation"]) == (HOLDS, FAILS)
+    assert "augment.contrast" not in found, "it follows the brightness"
 
 
 def low(balanced: float, decoupled: float) -> Made:
