@@ -490,11 +490,11 @@ def test_a_sweeper_is_given_the_validation_accuracy(scclr: Run, folder: Path) ->
 
 @pytest.mark.slow
 def test_pretraining_beats_raw_pixels_and_the_untrained_encoder(scclr: Run, folder: Path) -> None:
-    """The claim of the product, on test images of the digits: in the mean over three seeds, and for each of them."""
-    assert scclr("train", "-m", "seed=0,1,2", "pretrain.epochs=50", "pretrain.knn_every=0") == 0
+    """The claim of the product, on test images of the digits: in the mean over two seeds, and for each of them."""
+    assert scclr("train", "-m", "seed=0,1", "pretrain.epochs=50", "pretrain.knn_every=0") == 0
     found = [result_of(run)["metrics"] for run in run_folders(folder)]
-    assert len(found) == 3
+    assert len(found) == 2
     for baseline, margin in (("baseline/pixels/", 0.005), ("baseline/untrained/", 0.02)):
         gains = [metrics["logreg-v1/top1"] - metrics[f"{baseline}logreg-v1/top1"] for metrics in found]
         assert min(gains) > 0
-        assert sum(gains) / 3 > margin
+        assert sum(gains) / 2 > margin

@@ -35,7 +35,7 @@ class Quality(NamedTuple):
     """What ``measure_quality`` finds."""
 
     metrics: dict[str, float]  # such as ``quality/h/rankme``; what is not finite is left out
-    spectrum: dict[str, list[float]]  # the largest singular values of each layer, divided by the sum of all
+    spectrum: dict[str, list[float]]  # the largest singular values of each layer, divided by the sum of all; or none
 
 
 def measure_quality(
@@ -58,7 +58,8 @@ def measure_quality(
     for layer in layers:
         singular, variances = spectra(features[layer])
         metrics |= {f"quality/{layer}/rankme": rankme(singular), f"quality/{layer}/alpha_req": alpha_req(variances)}
-        spectrum[layer] = (singular / singular.sum())[:SPECTRUM].tolist()
+        shares = singular / singular.sum()  # NaN where all features are 0, or some overflow
+        spectrum[layer] = shares[:SPECTRUM].tolist() if bool(shares.isfinite().all()) else []
     try:
         augment = with_view_size(augment, chosen.images)
     except UserError:  # image files are cut while they are read, and a rotation comes before the cut

@@ -113,7 +113,7 @@ def spectra(study: Study) -> Picture | None:
     axis = main_axis(study)
     groups = [(group, found) for group in study.groups if (found := _spectrum(group))]
     groups = groups if len(groups) <= MOST else [groups[len(groups) * i // MOST] for i in range(MOST)]
-    layers = [layer for layer in LAYERS if any(layer in found for _, found in groups)]
+    layers = [layer for layer in LAYERS if any(found.get(layer) for _, found in groups)]
     if not layers:
         return None
     values = [float(group.values[axis]) if axis else float(i) for i, (group, _) in enumerate(groups)]
