@@ -418,14 +418,22 @@ def test_what_evaluates_is_pinned_and_what_trains_is_not(
 
         monkeypatch.setattr(train, name, watched)
 
-    for name in ("forecast_collapse", "pretrain", "knn_accuracy", "evaluate_each", "measure_quality", "measure"):
+    for name in (
+        "forecast_collapse",
+        "pretrain",
+        "knn_accuracy",
+        "evaluate_each",
+        "measure_quality",
+        "measure",
+        "bound_now",
+    ):
         watch(name)
     before = arithmetic()
     words = [f"deterministic={str(deterministic).lower()}", "stages=[pretrain,probe,theory]", "theory.images=60"]
-    assert scclr("train", *words, "pretrain.quality_every=1", *TINY) == 0
+    assert scclr("train", *words, "pretrain.quality_every=1", "pretrain.bound_every=1", *TINY) == 0
     assert arithmetic() == before
     assert seen.pop("pretrain") == {(False, True, not deterministic, deterministic, False)}
-    assert len(seen) == 5
+    assert len(seen) == 6
     assert set.union(*seen.values()) == {(False, False, False, True, not deterministic)}
 
 
